@@ -1,0 +1,32 @@
+//! Runs every case of `REPA_GOLDEN_DIR` (default: the project's `tests/golden/`) and fails on a kind
+//! it does not know. What the kinds hold, and the tolerances, stand in that folder's README.
+
+mod case;
+mod compare;
+
+use std::collections::BTreeMap;
+
+use case::Case;
+
+/// One file per kind of case; each checks one case and returns what went wrong.
+type Check = fn(&Case) -> Result<(), String>;
+
+fn checks() -> BTreeMap<&'static str, Check> {
+    BTreeMap::from([])
+}
+
+fn main() {
+    let arguments = libtest_mimic::Arguments::from_args();
+    let checks = checks();
+    let tests = case::find_all()
+        .into_iter()
+        .map(|case| {
+            let check = checks.get(case.kind.as_str()).copied();
+            libtest_mimic::Trial::test(format!("{}::{}", case.kind, case.name), move || match check {
+                Some(check) => check(&case).map_err(Into::into),
+                None => Err(format!("{}: no check for kind {:?}", case.path.display(), case.kind).into()),
+            })
+        })
+        .collect();
+    libtest_mimic::run(&arguments, tests).exit();
+}
