@@ -1,1 +1,27 @@
-//! x
+//! Ranks and collectives of repa-dist: one trait, [`Communicator`], over one process ([`Single`]) or MPI ([`Mpi`]).
+//!
+//! Sums have one definition: the values of the ranks are added element by element in rank order, in the
+//! element's own type (float32 for gradients). Whatever the transport, the piece size or the way a vector is cut
+//! into buckets, the bits are the same.
+//!
+//! Knows nothing of models or training.
+
+pub mod abort;
+pub mod agreement;
+pub mod bench;
+mod communicator;
+pub mod environment;
+mod error;
+mod mpi;
+mod reduce;
+mod single;
+mod topology;
+
+pub use abort::{abort, install_panic_hook};
+pub use agreement::{Failure, RemoteError, all_or_first_error, end_with};
+pub use communicator::{Communicator, Pending, ReduceOp, all_gather, shard_range};
+pub use environment::{Launcher, Options, init};
+pub use error::{Collective, CommError};
+pub use mpi::Mpi;
+pub use single::Single;
+pub use topology::Topology;

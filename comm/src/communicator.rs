@@ -1,0 +1,158 @@
+//! The interface that training sees.
+
+use crate::{Collective, CommError, Topology};
+use std::ops::Range;
+use std::sync::mpsc::Receiver;
+use std::time::Duration;
+
+/// How values of different ranks become one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReduceOp {
+    /// Added in rank order (integers wrap).
+    Sum,
+    /// The smallest; NaN if any is.
+    Min,
+    /// The largest; NaN if any is.
+    Max,
+}
+
+/// The ranks of a job and what they can do together, on host memory.
+///
+/// Collectives are called by all ranks in the same order; slices have the same length on all ranks unless said
+/// otherwise. Each has a deadline ([`Communicator::set_deadline`]); a missed one is an error that names the
+/// operation, this rank and the ranks that were waited for. After any error the communicator refuses further work:
+/// end the job by [`crate::abort`].
+pub trait Communicator: Send + Sync {
+    /// Who is where.
+    fn topology(&self) -> &Topology;
+
+    /// This process's number, 0 .. size.
+    fn rank(&self) -> usize {
+        self.topology().rank
+    }
+    /// Number of processes.
+    fn size(&self) -> usize {
+        self.topology().size
+    }
+    /// This process's number on its node.
+    fn local_rank(&self) -> usize {
+        self.topology().local_rank
+    }
+    /// Number of processes on this node.
+    fn local_size(&self) -> usize {
+        self.topology().local_size
+    }
+    /// This node's number.
+    fn node(&self) -> usize {
+        self.topology().node
+    }
+    /// This node's host name.
+    fn host(&self) -> &str {
+        &self.topology().hosts[self.rank()]
+    }
+    /// "MPI, shared memory" and the like, for the log.
+    fn describe(&self) -> String;
+
+    /// How long one collective may take on this rank, waiting for the others included; None for ever.
+    fn set_deadline(&self, deadline: Option<Duration>);
+
+    /// Sum over the ranks, in rank order in float32; same bits on all.
+    fn all_reduce_f32(&self, data: &mut [f32]) -> Result<(), CommError>;
+    /// As `all_reduce_f32` in float64, or the extremes.
+    fn all_reduce_f64(&self, data: &mut [f64], op: ReduceOp) -> Result<(), CommError>;
+    /// Wrapping sum or extremes of integers.
+    fn all_reduce_i64(&self, data: &mut [i64], op: ReduceOp) -> Result<(), CommError>;
+    /// Sums over the ranks, as all-reduce defines them, but only this rank's shard
+    /// (`shard_range(data.len(), rank, size)`, returned) is valid afterwards; the rest of `data` is as it was.
+    fn reduce_scatter_f32(&self, data: &mut [f32]) -> Result<Range<usize>, CommError>;
+    /// Every rank's shard (`shard_range(data.len(), rank, size)`) of `data` to all ranks, in place.
+    fn all_gather_shards_f32(&self, data: &mut [f32]) -> Result<(), CommError>;
+    /// Every rank's bytes, by rank; lengths may differ.
+    fn all_gather_bytes(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>, CommError>;
+    /// `root`'s bytes to all; the other ranks' `data` is replaced. Panics if `root` is no rank.
+    fn broadcast_bytes(&self, data: &mut Vec<u8>, root: usize) -> Result<(), CommError>;
+    /// Returns when all ranks have called it.
+    fn barrier(&self) -> Result<(), CommError>;
+
+    /// Starts `all_reduce_f32` and returns at once; operations are done in the order they were asked for.
+    fn start_all_reduce_f32(&self, data: Vec<f32>) -> Pending<Vec<f32>>;
+
+    /// The MPI library's own all-reduce (sum, in the library's order) from `data` to `sum`, of the same length, for
+    /// benchmarks. False if there is none.
+    fn library_all_reduce_f32(&self, data: &[f32], sum: &mut [f32]) -> Result<bool, CommError>;
+
+    /// Orderly end: all ranks have to call it, and nothing else after it. Calling it again does nothing.
+    fn finalize(&self) -> Result<(), CommError>;
+}
+
+/// A result that is on its way. Dropping it abandons the result; the operation still takes place.
+pub struct Pending<T> {
+    pub(crate) state: PendingState<T>,
+}
+
+pub(crate) enum PendingState<T> {
+    Ready(Result<T, CommError>),
+    Running { receiver: Receiver<Result<T, CommError>>, collective: Collective, rank: usize, size: usize },
+}
+
+impl<T> Pending<T> {
+    pub(crate) fn ready(value: T) -> Self {
+        Self { state: PendingState::Ready(Ok(value)) }
+    }
+
+    /// Blocks until the operation is done.
+    ///
+    /// # Errors
+    /// Those of the operation.
+    pub fn wait(self) -> Result<T, CommError> {
+        match self.state {
+            PendingState::Ready(result) => result,
+            PendingState::Running { receiver, collective, rank, size } => {
+                receiver.recv().unwrap_or(Err(CommError::Ended { collective, rank, size, cause: None }))
+            }
+        }
+    }
+}
+
+/// The part of `len` elements that belongs to `rank`: contiguous, ascending, the first `len % size` one longer.
+pub fn shard_range(len: usize, rank: usize, size: usize) -> Range<usize> {
+    let (each, extra) = (len / size, len % size);
+    let start = rank * each + rank.min(extra);
+    start..start + each + usize::from(rank < extra)
+}
+
+/// Every rank's values, by rank; lengths may differ.
+///
+/// # Errors
+/// Those of the collective.
+pub fn all_gather<T: bytemuck::Pod>(comm: &dyn Communicator, mine: &[T]) -> Result<Vec<Vec<T>>, CommError> {
+    let parts = comm.all_gather_bytes(bytemuck::cast_slice(mine))?;
+    let values = |part: &Vec<u8>| {
+        // A copy, because the bytes are not aligned for T.
+        let mut values = vec![T::zeroed(); part.len() / size_of::<T>()];
+        bytemuck::cast_slice_mut(&mut values).copy_from_slice(part);
+        values
+    };
+    Ok(parts.iter().map(values).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shards_are_contiguous_and_even() {
+        for len in [0, 1, 2, 7, 100, 101] {
+            for size in 1..9 {
+                let mut next = 0;
+                for rank in 0..size {
+                    let shard = shard_range(len, rank, size);
+                    assert_eq!(shard.start, next);
+                    assert!(shard.len() == len / size || shard.len() == len / size + 1);
+                    next = shard.end;
+                }
+                assert_eq!(next, len);
+            }
+        }
+    }
+}

@@ -1,0 +1,234 @@
+//! What one rank of a job under test does.
+
+use repa_comm::{
+    Communicator, Failure, Options, ReduceOp, abort, all_gather, all_or_first_error, end_with, init,
+    install_panic_hook, shard_range,
+};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// Plays the role and ends the process.
+pub fn run(role: &str) -> ! {
+    let options = Options {
+        shared_memory: std::env::var("REPA_COMM_TEST_WAY").as_deref() != Ok("messages"),
+        deadline: Some(Duration::from_secs(60)),
+        // Small, so that even moderate vectors take many steps.
+        chunk_bytes: 64 << 10,
+        expected: (role == "expects-three").then_some(3),
+    };
+    let comm = match init(&options) {
+        Ok(comm) => comm,
+        Err(error) => {
+            eprintln!("error: {error}");
+            std::process::exit(2)
+        }
+    };
+    install_panic_hook();
+    let comm = comm.as_ref();
+    match role {
+        "collectives" => collectives(comm),
+        "deadline" => {
+            comm.set_deadline(Some(Duration::from_secs(1)));
+            leave_out(comm, 2, 0, || comm.all_reduce_f32(&mut vec![1.0; 100_000]));
+        }
+        "broadcast-deadline" => {
+            comm.set_deadline(Some(Duration::from_secs(1)));
+            leave_out(comm, 0, 1, || comm.broadcast_bytes(&mut Vec::new(), 0));
+        }
+        "abort" => {
+            if comm.rank() == 1 || comm.size() == 1 {
+                abort(4, "the disk is full");
+            }
+            let _ = comm.barrier();
+        }
+        "panic" => {
+            if comm.rank() + 1 == comm.size() {
+                let thread = std::thread::spawn(|| panic!("index 7 is bad"));
+                let _ = thread.join();
+            }
+            let _ = comm.barrier();
+        }
+        "agreed-error" => {
+            // Ranks 1 and 3 fail: all report rank 1's error, and one of them prints it.
+            let local = match comm.rank() {
+                rank @ (1 | 3) => {
+                    Err(Failure { message: format!("shard {rank} is truncated"), code: 2 + rank as i32 })
+                }
+                rank => Ok(rank),
+            };
+            let error = all_or_first_error(comm, local).expect_err("two ranks failed");
+            assert_eq!((error.rank, error.code, error.broken), (1, 3, false));
+            end_with(comm, &error)
+        }
+        "other-length" => {
+            if let Err(error) = comm.all_reduce_f32(&mut vec![0.0; 10 + comm.rank()]) {
+                abort(4, &error.to_string());
+            }
+        }
+        other => panic!("no role {other}"),
+    }
+    if let Err(error) = comm.finalize() {
+        abort(4, &error.to_string());
+    }
+    println!("all checks passed");
+    std::process::exit(0)
+}
+
+/// Everybody but `absent` calls `work`, and `witness` ends the job with the error it gets.
+fn leave_out(
+    comm: &dyn Communicator,
+    absent: usize,
+    witness: usize,
+    work: impl FnOnce() -> Result<(), repa_comm::CommError>,
+) {
+    if comm.rank() == absent {
+        std::thread::sleep(Duration::from_secs(30));
+        return;
+    }
+    let error = work().expect_err("one rank never comes");
+    let later = comm.barrier().expect_err("a communicator that failed refuses work").to_string();
+    assert!(later.contains("has ended (earlier error: "), "{later}");
+    if comm.rank() == witness {
+        abort(4, &error.to_string());
+    }
+    std::thread::sleep(Duration::from_secs(30));
+}
+
+/// A number that looks random, from a place: the ranks make each other's inputs without talking.
+fn noise(seed: u64, rank: usize, index: usize) -> f32 {
+    let mut state = seed ^ ((rank as u64) << 40) ^ (index as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    for _ in 0..3 {
+        state = (state ^ (state >> 31)).wrapping_mul(0xD6E8_FEB8_6659_FD93);
+    }
+    // Magnitudes over many powers of two, so that the order of the additions shows in the bits.
+    let magnitude = f32::powi(2.0, (state % 41) as i32 - 20);
+    magnitude * (((state >> 40) as f32) / f32::powi(2.0, 23) - 1.0)
+}
+
+fn input(seed: u64, rank: usize, len: usize) -> Vec<f32> {
+    (0..len).map(|index| noise(seed, rank, index)).collect()
+}
+
+/// The definition: rank 0's values, and each next rank's added to them in float32.
+fn expected_sum(seed: u64, size: usize, len: usize) -> Vec<f32> {
+    let mut sum = input(seed, 0, len);
+    for rank in 1..size {
+        for (total, value) in sum.iter_mut().zip(input(seed, rank, len)) {
+            *total += value;
+        }
+    }
+    sum
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+fn collectives(comm: &dyn Communicator) {
+    let (rank, size) = (comm.rank(), comm.size());
+    assert_eq!((comm.local_rank(), comm.local_size(), comm.node()), (rank, size, 0));
+    assert!(comm.topology().threads_per_rank() >= 1);
+    if size > 1 {
+        let shared = std::env::var("REPA_COMM_TEST_WAY").as_deref() == Ok("shared");
+        let how = if shared { "shared memory" } else { "messages" };
+        assert!(comm.describe().ends_with(how), "{} where {how} was to be tested", comm.describe());
+    }
+    let mut lengths = vec![0, 1, 2, 3, 15, 16, 17, 1000, 4096, 16_384, 16_385, 65_537, 1_000_003];
+    lengths.extend((0..40).map(|case| (noise(11, 0, case).to_bits() % 50_000) as usize));
+    for (case, &len) in lengths.iter().enumerate() {
+        let seed = case as u64;
+        let expected = expected_sum(seed, size, len);
+        let whole = input(seed, rank, len);
+
+        let mut data = whole.clone();
+        comm.all_reduce_f32(&mut data).unwrap();
+        assert_eq!(bits(&data), bits(&expected), "all-reduce of {len}");
+
+        // However the vector is cut into buckets, and with several on their way.
+        let bucket = 1 + len / 3;
+        let pending: Vec<_> =
+            whole.chunks(bucket).map(|part| comm.start_all_reduce_f32(part.to_vec())).collect();
+        let parts: Vec<f32> = pending.into_iter().flat_map(|part| part.wait().unwrap()).collect();
+        assert_eq!(bits(&parts), bits(&expected), "all-reduce of {len} in buckets of {bucket}");
+
+        // The halves, one after the other, make a whole.
+        let mut data = whole.clone();
+        let mine = comm.reduce_scatter_f32(&mut data).unwrap();
+        assert_eq!(mine, shard_range(len, rank, size));
+        for (index, value) in data.iter().enumerate() {
+            let right = if mine.contains(&index) { expected[index] } else { whole[index] };
+            assert_eq!(value.to_bits(), right.to_bits(), "reduce-scatter of {len} at {index}");
+        }
+        comm.all_gather_shards_f32(&mut data).unwrap();
+        assert_eq!(bits(&data), bits(&expected), "all-gather of the shards of {len}");
+
+        // Other lengths on every rank, nothing on one of them.
+        let part_of = |rank: usize| input(seed, rank, if rank == 1 { 0 } else { len / (rank + 1) });
+        let parts = all_gather(comm, &part_of(rank)).unwrap();
+        assert_eq!(parts.len(), size);
+        for (other, part) in parts.iter().enumerate() {
+            assert_eq!(bits(part), bits(&part_of(other)), "all-gather around {len}, rank {other}'s");
+        }
+
+        let root = case % size;
+        let message = |root: usize| bytemuck::cast_slice(&input(seed, root, len)).to_vec();
+        let mut bytes: Vec<u8> = if rank == root { message(root) } else { vec![9; case] };
+        comm.broadcast_bytes(&mut bytes, root).unwrap();
+        assert!(bytes == message(root), "broadcast of {len} from {root}");
+    }
+    small_kinds(comm);
+    late_ranks(comm);
+    let agreed = all_or_first_error(comm, Ok(rank)).unwrap();
+    assert_eq!(agreed, rank);
+}
+
+/// The other element types and operations.
+fn small_kinds(comm: &dyn Communicator) {
+    let (rank, size) = (comm.rank(), comm.size());
+    for len in [0usize, 1, 7, 30_000] {
+        let own = |rank: usize| -> Vec<i64> {
+            (0..len).map(|i| (i as i64 * 7919) % 101 - rank as i64 * 13).collect()
+        };
+        type Combine = fn(i64, i64) -> i64;
+        let kinds: [(ReduceOp, Combine); 3] = [
+            (ReduceOp::Sum, |a, b| a + b),
+            (ReduceOp::Min, |a, b| a.min(b)),
+            (ReduceOp::Max, |a, b| a.max(b)),
+        ];
+        for (op, combine) in kinds {
+            let mut expected = own(0);
+            for other in 1..size {
+                expected
+                    .iter_mut()
+                    .zip(own(other))
+                    .for_each(|(total, value)| *total = combine(*total, value));
+            }
+            let mut data = own(rank);
+            comm.all_reduce_i64(&mut data, op).unwrap();
+            assert_eq!(data, expected, "{op:?} of {len} integers");
+            let mut data: Vec<f64> = own(rank).iter().map(|&value| value as f64 / 8.0).collect();
+            comm.all_reduce_f64(&mut data, op).unwrap();
+            let expected: Vec<f64> = expected.iter().map(|&value| value as f64 / 8.0).collect();
+            assert_eq!(data, expected, "{op:?} of {len} float64");
+        }
+    }
+    // A sum that starts from rank 0's value keeps its sign, and a bad value on one rank shows on all.
+    let mut data = [-0.0, if rank == 0 { f32::NAN } else { 1.0 }];
+    comm.all_reduce_f32(&mut data).unwrap();
+    assert!(data[0].is_sign_negative() && data[1].is_nan());
+}
+
+/// Nobody leaves a barrier before everybody has come, whoever is late.
+fn late_ranks(comm: &dyn Communicator) {
+    let now = || SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_micros() as u64;
+    for late in 0..comm.size() {
+        if comm.rank() == late {
+            std::thread::sleep(Duration::from_millis(30));
+        }
+        let came = now();
+        comm.barrier().unwrap();
+        let left = now();
+        for (other, came) in all_gather(comm, &[came]).unwrap().into_iter().enumerate() {
+            assert!(came[0] <= left, "left the barrier before rank {other} came");
+        }
+    }
+}
