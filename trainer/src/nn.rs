@@ -1,9 +1,6 @@
 //! Layers that several models share, over PyTorch's parameter layouts.
 
-use burn::tensor::Tensor;
-use burn::tensor::activation::{sigmoid, softmax};
-use burn::tensor::module::conv2d;
-use burn::tensor::ops::ConvOptions;
+use burn::tensor::{DType, Tensor};
 
 use crate::params::Scope;
 
@@ -20,17 +17,15 @@ impl Linear {
         Self { weight: scope.get("weight"), bias: scope.find("bias") }
     }
 
-    /// [..., in] -> [..., out]. All leading dimensions are folded into one matrix product.
+    /// From a weight [out, in] and a bias [out].
+    pub fn new(weight: Tensor<2>, bias: Option<Tensor<1>>) -> Self {
+        Self { weight, bias }
+    }
+
+    /// [..., in] -> [..., out]. The input is cast to the weight's type, so that casting the weights
+    /// alone makes a half-precision layer.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let mut shape = x.dims();
-        let inputs = shape[D - 1];
-        let rows = shape.iter().product::<usize>() / inputs.max(1);
-        let mut y = x.reshape([rows, inputs]).matmul(self.weight.clone().transpose());
-        if let Some(bias) = &self.bias {
-            y = y + bias.clone().unsqueeze();
-        }
-        shape[D - 1] = self.weight.dims()[0];
-        y.reshape(shape)
+        crate::ops::linear(x.cast(self.weight.dtype()), self.weight.clone(), self.bias.clone())
     }
 }
 
@@ -54,11 +49,10 @@ impl LayerNorm {
 
     /// [..., features] -> [..., features].
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let y = crate::ops::layer_norm(x, self.epsilon);
-        match &self.affine {
-            Some((weight, bias)) => y * weight.clone().unsqueeze() + bias.clone().unsqueeze(),
-            None => y,
-        }
+        let Some((weight, bias)) = &self.affine else { return crate::ops::layer_norm(x, self.epsilon) };
+        let dtype = x.dtype();
+        let full = |t: &Tensor<1>| t.clone().cast(DType::F32);
+        crate::ops::layer_norm_affine(x.cast(DType::F32), full(weight), full(bias), self.epsilon).cast(dtype)
     }
 }
 
@@ -79,8 +73,7 @@ impl Conv2d {
 
     /// [N, in, H, W] -> [N, out, H', W'].
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        let options = ConvOptions::new([self.stride; 2], [self.padding; 2], [1, 1], 1);
-        conv2d(x, self.weight.clone(), self.bias.clone(), options)
+        crate::ops::conv2d(x, self.weight.clone(), self.bias.clone(), self.stride, self.padding)
     }
 }
 
@@ -108,13 +101,4 @@ impl GroupNorm {
     }
 }
 
-/// x * sigmoid(x).
-pub fn silu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    x.clone() * sigmoid(x)
-}
-
-/// Scaled dot-product attention over [N, heads, tokens, head_dim], softmax in the input's type.
-pub fn attention_composite(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>) -> Tensor<4> {
-    let scale = 1.0 / (q.dims()[3] as f64).sqrt();
-    softmax((q * scale).matmul(k.swap_dims(2, 3)), 3).matmul(v)
-}
+pub use crate::ops::silu;

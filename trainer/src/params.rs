@@ -136,7 +136,8 @@ impl Layout {
 }
 
 impl Init {
-    fn fill(&self, out: &mut [f32], seed: u64, number: u64) {
+    /// Fills `out` with the first values of the parameter at position `number` of its layout.
+    pub(crate) fn fill(&self, out: &mut [f32], seed: u64, number: u64) {
         let draws = Draws::new(seed, Purpose::Init);
         match self {
             Init::Zeros => out.fill(0.0),
