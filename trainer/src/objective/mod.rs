@@ -1,1 +1,14 @@
-//! objective
+//! What a training step minimises: the interpolant between data and noise, the weighting of its
+//! times, the velocity's error and the alignment with frozen encoders.
+
+mod interpolant;
+mod losses;
+mod resample;
+mod scaler;
+mod weighting;
+
+pub use interpolant::{Path, interpolate};
+pub use losses::{alignment_loss, denoising_loss};
+pub use resample::resample_tokens;
+pub use scaler::LossScaler;
+pub use weighting::{Weighting, WeightingError};
