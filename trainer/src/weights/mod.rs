@@ -1,11 +1,24 @@
 //! Weight files, our own and other people's, as named tensors on the host.
+//!
+//! [`Weights::open`] reads whatever it is given: safetensors (one file, or shards with an index) and
+//! PyTorch's `.pt`/`.pth` (zip archives and the older pickles), decided by content. No pickle is ever
+//! executed. No file, however damaged, makes it panic or take memory out of proportion to the file.
+
+pub mod pickle;
+mod safetensors_file;
+mod torch;
 
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 pub use safetensors::Dtype;
 use safetensors::SafeTensors;
+pub use safetensors_file::{
+    Header, SafetensorsFile, Written, open_sharded, write_safetensors, write_sharded,
+};
+pub use torch::TorchFile;
 
 use crate::params::Layout;
 
@@ -62,14 +75,42 @@ pub struct Weights {
 }
 
 impl Weights {
+    /// Reads all tensors of a weight file of any known kind: a safetensors file, a
+    /// `*.safetensors.index.json`, a folder with either, or a PyTorch file, whose nested dictionaries
+    /// become names joined by dots (`ema.blocks.0.attn.qkv.weight`).
+    ///
+    /// # Errors
+    /// The file cannot be read, is of no known kind, or is damaged.
+    pub fn open(path: &Path) -> Result<Self, WeightsError> {
+        let io = |source| WeightsError::Io { path: path.to_owned(), source };
+        if path.is_dir() {
+            return Self::open(&find_in_folder(path)?);
+        }
+        if path.to_string_lossy().ends_with(".index.json") {
+            return open_sharded(path);
+        }
+        let mut start = [0; 9];
+        let mut file = std::fs::File::open(path).map_err(io)?;
+        let length = file.metadata().map_err(io)?.len();
+        // A safetensors file begins with the length of a JSON object and that object. As a length, the
+        // start of an archive or of a pickle is far beyond any file.
+        let safetensors = file.read_exact(&mut start).is_ok() && {
+            let [size @ .., first] = start;
+            first == b'{' && u64::from_le_bytes(size) <= length
+        };
+        if safetensors || path.extension().is_some_and(|e| e == "safetensors") {
+            Self::open_safetensors(path)
+        } else {
+            TorchFile::open(path)?.tensors_at(&[])
+        }
+    }
+
     /// Reads a safetensors file.
     ///
     /// # Errors
     /// The file cannot be read, or is not safetensors.
     pub fn open_safetensors(path: &Path) -> Result<Self, WeightsError> {
-        let bytes =
-            std::fs::read(path).map_err(|source| WeightsError::Io { path: path.to_owned(), source })?;
-        Self::from_safetensors(path, &bytes)
+        SafetensorsFile::open(path)?.read_all()
     }
 
     /// Reads safetensors from memory; `path` is for messages.
@@ -169,6 +210,28 @@ impl Weights {
     pub fn mismatch(&self, problem: String) -> WeightsError {
         WeightsError::Mismatch { path: self.path.clone(), problem }
     }
+}
+
+/// The index, or else the only safetensors file, of a folder.
+fn find_in_folder(folder: &Path) -> Result<PathBuf, WeightsError> {
+    let io = |source| WeightsError::Io { path: folder.to_owned(), source };
+    let mut files: Vec<PathBuf> = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(io)? {
+        files.push(entry.map_err(io)?.path());
+    }
+    for suffix in [".safetensors.index.json", ".safetensors"] {
+        let mut found = files.iter().filter(|f| f.to_string_lossy().ends_with(suffix));
+        match (found.next(), found.next()) {
+            (Some(file), None) => return Ok(file.clone()),
+            (None, _) => {}
+            (Some(_), Some(_)) => {
+                let problem = format!("the folder has several *{suffix}; name one of them");
+                return Err(WeightsError::Format { path: folder.to_owned(), problem });
+            }
+        }
+    }
+    let problem = "the folder has no *.safetensors".to_owned();
+    Err(WeightsError::Format { path: folder.to_owned(), problem })
 }
 
 /// The first names of a list, and how many more there are.
