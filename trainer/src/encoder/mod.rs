@@ -1,1 +1,214 @@
-//! encoder
+//! Frozen vision encoders whose patch tokens the alignment loss aims at, with their preprocessing.
+
+pub mod dinov2;
+mod layouts;
+pub mod preprocess;
+pub mod probe;
+pub mod resample;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use burn::tensor::{Device, Tensor};
+
+use crate::images::Image;
+use crate::params::Params;
+use crate::weights::{Weights, WeightsError};
+use dinov2::{DinoV2, DinoV2Config};
+use preprocess::Preprocess;
+
+/// The quickstart's teacher (its card: `assets/quickstart-teacher.md`).
+const QUICKSTART: &[u8] = include_bytes!("../../assets/quickstart-teacher.safetensors");
+
+/// Why an encoder cannot be opened or used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EncoderError {
+    /// The weight file cannot be read, or holds another model.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// The weight file lacks what tells the model's shape.
+    #[error("{path} holds no DINOv2 model: {problem}")]
+    Unknown {
+        /// The file.
+        path: PathBuf,
+        /// What was looked for.
+        problem: String,
+    },
+    /// No images were given.
+    #[error("no images to encode")]
+    NoImages,
+    /// Images of one call differ in size.
+    #[error(
+        "image {number} is {found:?} pixels (width, height) where the first is {first:?}: give images of one size"
+    )]
+    MixedSizes {
+        /// Position in the list.
+        number: usize,
+        /// Its width and height.
+        found: (usize, usize),
+        /// The first image's width and height.
+        first: (usize, usize),
+    },
+    /// The images are not square.
+    #[error("images are {width} x {height} pixels: encoders take square images, so crop them first")]
+    NotSquare {
+        /// In pixels.
+        height: usize,
+        /// In pixels.
+        width: usize,
+    },
+    /// The resolution scales to no whole number of pixels.
+    #[error("images of {resolution} pixels scale to no whole number at 224/256: use a multiple of 8")]
+    Fraction {
+        /// Pixels a side.
+        resolution: usize,
+    },
+    /// The encoder's patches do not tile its input.
+    #[error(
+        "images of {resolution} pixels are seen at {input} pixels, which patches of {patch} do not tile: \
+         use a resolution of which {patch} divides seven eighths"
+    )]
+    Patches {
+        /// Pixels a side of the image.
+        resolution: usize,
+        /// Pixels a side of the encoder's input.
+        input: usize,
+        /// Pixels a side of a patch.
+        patch: usize,
+    },
+}
+
+/// Features of a batch of images.
+#[derive(Debug, Clone)]
+pub struct EncoderFeatures {
+    /// [N, tokens, embed_dim], rows of patches top to bottom.
+    pub patch_tokens: Tensor<3>,
+    /// [N, embed_dim].
+    pub cls: Tensor<2>,
+}
+
+impl EncoderFeatures {
+    /// The mean over the patch tokens, [N, embed_dim].
+    pub fn pooled(&self) -> Tensor<2> {
+        let [n, _, d] = self.patch_tokens.dims();
+        self.patch_tokens.clone().mean_dim(1).reshape([n, d])
+    }
+}
+
+/// A frozen vision encoder.
+#[derive(Debug, Clone)]
+pub struct VisionEncoder {
+    model: DinoV2,
+    config: DinoV2Config,
+    preprocess: Preprocess,
+    device: Device,
+}
+
+impl VisionEncoder {
+    /// Opens a DINOv2 weight file (safetensors or PyTorch's) in the official or the Hugging Face
+    /// layout; its shape follows from its tensors.
+    ///
+    /// # Errors
+    /// The file cannot be read, or holds another model: the message lists the missing, unexpected
+    /// and misshapen tensors.
+    pub fn open(path: &Path, device: &Device) -> Result<Self, EncoderError> {
+        Self::from_weights(&Weights::open(path)?, device)
+    }
+
+    /// From tensors in memory, named as in the official release or as Hugging Face names them.
+    ///
+    /// # Errors
+    /// The tensors are not a DINOv2 model's.
+    pub fn from_weights(weights: &Weights, device: &Device) -> Result<Self, EncoderError> {
+        let weights = layouts::official(weights)?;
+        let config = layouts::infer(&weights)?;
+        let params = Params::from_weights(&Arc::new(config.layout()), &weights, device)?;
+        let model = DinoV2::bind(&config, &params);
+        Ok(Self { model, config, preprocess: Preprocess::DINOV2, device: device.clone() })
+    }
+
+    /// The quickstart's teacher: 64 x 64 images, 8 x 8 tokens. Its weights are part of the program.
+    pub fn quickstart(device: &Device) -> Self {
+        Weights::from_safetensors(Path::new("(built-in quickstart teacher)"), QUICKSTART)
+            .map_err(EncoderError::from)
+            .and_then(|weights| Self::from_weights(&weights, device))
+            .expect("the built-in teacher is sound: a test opens it")
+    }
+
+    /// Width of the features.
+    pub fn embed_dim(&self) -> usize {
+        self.config.embed_dim
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &DinoV2Config {
+        &self.config
+    }
+
+    /// The token grid (height, width) for square images of `resolution` pixels. A resolution that
+    /// does not fit is rounded down to the patch here, and refused by [`VisionEncoder::grid`] and
+    /// [`VisionEncoder::features`].
+    pub fn tokens(&self, resolution: usize) -> (usize, usize) {
+        let (to, from) = self.preprocess.resize.unwrap_or((1, 1));
+        let side = resolution * to / from / self.config.patch_size;
+        (side, side)
+    }
+
+    /// The token grid, as [`VisionEncoder::tokens`], of a resolution that must fit.
+    ///
+    /// # Errors
+    /// The patches do not tile the encoder's input at this resolution.
+    pub fn grid(&self, resolution: usize) -> Result<(usize, usize), EncoderError> {
+        let input = self.preprocess.input_size(resolution).ok_or(EncoderError::Fraction { resolution })?;
+        let patch = self.config.patch_size;
+        if !input.is_multiple_of(patch) {
+            return Err(EncoderError::Patches { resolution, input, patch });
+        }
+        Ok(self.tokens(resolution))
+    }
+
+    /// Features of images, all square and of one size.
+    ///
+    /// # Errors
+    /// The list is empty, or the images' sizes differ or do not fit the encoder.
+    pub fn features(&self, images: &[Image]) -> Result<EncoderFeatures, EncoderError> {
+        self.forward(preprocess::to_tensor(images, &self.device)?)
+    }
+
+    /// Features of images [N, 3, R, R] with values 0..255.
+    ///
+    /// # Errors
+    /// The images are not square, or their size does not fit the encoder.
+    pub fn forward(&self, images: Tensor<4>) -> Result<EncoderFeatures, EncoderError> {
+        let input = self.preprocess(images)?;
+        let output = self.model.forward(input);
+        Ok(EncoderFeatures { patch_tokens: output.patch_tokens, cls: output.cls })
+    }
+
+    /// The model's input for images [N, 3, R, R] with values 0..255.
+    ///
+    /// # Errors
+    /// The images are not square, or their size does not fit the encoder.
+    pub fn preprocess(&self, images: Tensor<4>) -> Result<Tensor<4>, EncoderError> {
+        let [_, _, height, width] = images.dims();
+        if height != width {
+            return Err(EncoderError::NotSquare { height, width });
+        }
+        self.grid(height)?;
+        self.preprocess.apply(images)
+    }
+
+    /// The position embedding [1, 1 + h w, embed_dim] resampled to a token grid.
+    pub fn positions(&self, grid: [usize; 2]) -> Tensor<3> {
+        self.model.positions(grid)
+    }
+}
+
+/// The quickstart's teacher: [`VisionEncoder::quickstart`].
+pub fn quickstart(device: &Device) -> VisionEncoder {
+    VisionEncoder::quickstart(device)
+}
+
+#[cfg(test)]
+mod tests;
