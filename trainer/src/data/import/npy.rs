@@ -1,0 +1,178 @@
+//! NumPy's `.npy` files (format versions 1 to 3), as NumPy's `lib/format.py` defines them.
+
+use half::f16;
+
+/// An array of a `.npy` file, as float32 in C order (the last dimension runs fastest).
+#[derive(Debug, Clone, PartialEq)]
+pub struct Npy {
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Its elements.
+    pub values: Vec<f32>,
+}
+
+/// Reads a `.npy` file of float16, float32 or float64, in C or Fortran order.
+///
+/// # Errors
+/// What is wrong with it: no `.npy`, cut short, or of another type.
+pub fn parse(bytes: &[u8]) -> Result<Npy, String> {
+    let Some(rest) = bytes.strip_prefix(b"\x93NUMPY") else {
+        return Err("is not a .npy file".to_owned());
+    };
+    let cut = || "is cut short within its header".to_owned();
+    let (&[major, _minor], rest) = rest.split_first_chunk().ok_or_else(cut)?;
+    let (length, rest) = match major {
+        1 => {
+            let (length, rest) = rest.split_first_chunk().ok_or_else(cut)?;
+            (u16::from_le_bytes(*length) as usize, rest)
+        }
+        2 | 3 => {
+            let (length, rest) = rest.split_first_chunk().ok_or_else(cut)?;
+            (u32::from_le_bytes(*length) as usize, rest)
+        }
+        _ => return Err(format!("is a .npy file of the unknown version {major}")),
+    };
+    let (header, data) = rest.split_at_checked(length).ok_or_else(cut)?;
+    let header = String::from_utf8_lossy(header);
+    let unclear = |what: &str| format!("has a .npy header without {what}: {}", header.trim());
+    let value = |key: &str| header.split_once(&format!("'{key}':")).map(|(_, v)| v.trim_start());
+
+    let descr = value("descr").and_then(|v| v.strip_prefix('\'')?.split('\'').next());
+    let descr = descr.ok_or_else(|| unclear("a plain 'descr'"))?;
+    let fortran = match value("fortran_order") {
+        Some(v) if v.starts_with("True") => true,
+        Some(v) if v.starts_with("False") => false,
+        _ => return Err(unclear("'fortran_order'")),
+    };
+    let shape = value("shape").and_then(|v| v.strip_prefix('(')?.split_once(')')).map(|(v, _)| v);
+    let shape: Vec<usize> = shape
+        .and_then(|v| v.split(',').map(str::trim).filter(|d| !d.is_empty()).map(|d| d.parse().ok()).collect())
+        .ok_or_else(|| unclear("a 'shape'"))?;
+    let count = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d)).filter(|&n| n < 1 << 40);
+    let count = count.ok_or_else(|| format!("claims the shape {shape:?}"))?;
+
+    let element = match descr {
+        "<f2" => 2,
+        "<f4" => 4,
+        "<f8" => 8,
+        _ => return Err(format!("holds {descr}, not little-endian floats (<f2, <f4 or <f8)")),
+    };
+    if data.len() != count * element {
+        return Err(format!(
+            "has {} bytes of data where {shape:?} of {descr} takes {}",
+            data.len(),
+            count * element
+        ));
+    }
+    let values: Vec<f32> = match element {
+        2 => data.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
+        4 => data.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+        _ => data.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b) as f32).collect(),
+    };
+    let values = if fortran { to_c_order(&shape, &values) } else { values };
+    Ok(Npy { shape, values })
+}
+
+/// Reorders elements whose first dimension runs fastest.
+fn to_c_order(shape: &[usize], values: &[f32]) -> Vec<f32> {
+    let mut strides = Vec::with_capacity(shape.len());
+    let mut stride = 1;
+    for &d in shape {
+        strides.push(stride);
+        stride *= d;
+    }
+    let mut position = vec![0; shape.len()];
+    let mut from = 0;
+    let mut out = Vec::with_capacity(values.len());
+    for _ in 0..values.len() {
+        out.push(values[from]);
+        for d in (0..shape.len()).rev() {
+            position[d] += 1;
+            from += strides[d];
+            if position[d] < shape[d] {
+                break;
+            }
+            from -= strides[d] * shape[d];
+            position[d] = 0;
+        }
+    }
+    out
+}
+
+/// Writes a C-order float32 `.npy` file, version 1.
+#[must_use]
+pub fn to_bytes(shape: &[usize], values: &[f32]) -> Vec<u8> {
+    let dims: String = shape.iter().map(|d| format!("{d}, ")).collect();
+    let mut header = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({dims}), }}");
+    // Magic, version, length and header fill a multiple of 64 bytes; a line feed ends it.
+    let padding = (64 - (10 + header.len() + 1) % 64) % 64;
+    header.push_str(&" ".repeat(padding));
+    header.push('\n');
+    let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
+    bytes.extend_from_slice(&(header.len() as u16).to_le_bytes());
+    bytes.extend_from_slice(header.as_bytes());
+    bytes.extend_from_slice(bytemuck::cast_slice(values));
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// A file with this header and data, in version `major`.
+    fn file(major: u8, header: &str, data: &[u8]) -> Vec<u8> {
+        let mut bytes = [b"\x93NUMPY".as_slice(), &[major, 0]].concat();
+        match major {
+            1 => bytes.extend_from_slice(&(header.len() as u16).to_le_bytes()),
+            _ => bytes.extend_from_slice(&(header.len() as u32).to_le_bytes()),
+        }
+        [&bytes, header.as_bytes(), data].concat()
+    }
+
+    #[test]
+    fn float_types_and_both_orders_are_read() {
+        // np.asfortranarray(np.arange(6, dtype=...).reshape(2, 3)): column by column.
+        let order = [0u8, 3, 1, 4, 2, 5];
+        let expected = Npy { shape: vec![2, 3], values: (0u8..6).map(f32::from).collect() };
+        let f16s: Vec<u8> = order.iter().flat_map(|&v| f16::from_f32(f32::from(v)).to_le_bytes()).collect();
+        let f32s: Vec<u8> = order.iter().flat_map(|&v| f32::from(v).to_le_bytes()).collect();
+        let f64s: Vec<u8> = order.iter().flat_map(|&v| f64::from(v).to_le_bytes()).collect();
+        for (major, descr, data) in [(1, "<f2", f16s), (2, "<f4", f32s), (3, "<f8", f64s)] {
+            let header = format!("{{'descr': '{descr}', 'fortran_order': True, 'shape': (2, 3), }}\n");
+            assert_eq!(parse(&file(major, &header, &data)).unwrap(), expected, "{descr}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read_again(shape in prop::collection::vec(0usize..5, 0..4)) {
+            let values: Vec<f32> = (0..shape.iter().product::<usize>()).map(|i| i as f32 / 3.0).collect();
+            let bytes = to_bytes(&shape, &values);
+            prop_assert_eq!((bytes.len() - values.len() * 4) % 64, 0);
+            prop_assert_eq!(parse(&bytes).unwrap(), Npy { shape, values });
+        }
+
+        #[test]
+        fn damaged_files_are_errors_not_panics(cut in 0usize..200, at in 0usize..200, to: u8) {
+            let mut bytes = to_bytes(&[4, 2], &[1.0; 8]);
+            let len = bytes.len();
+            bytes[at % len] = to;
+            // Either it is refused or it is a whole array: no other outcome.
+            if let Ok(npy) = parse(&bytes) {
+                prop_assert_eq!(npy.shape.iter().product::<usize>(), npy.values.len());
+            }
+            bytes = to_bytes(&[4, 2], &[1.0; 8]);
+            bytes.truncate(cut % len);
+            prop_assert!(parse(&bytes).is_err());
+        }
+    }
+
+    #[test]
+    fn other_types_are_named() {
+        let header = "{'descr': '<i4', 'fortran_order': False, 'shape': (1,), }";
+        let error = parse(&file(1, header, &[0; 4])).unwrap_err();
+        assert_eq!(error, "holds <i4, not little-endian floats (<f2, <f4 or <f8)");
+        assert_eq!(parse(b"PNG").unwrap_err(), "is not a .npy file");
+    }
+}
