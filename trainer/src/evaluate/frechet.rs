@@ -1,0 +1,262 @@
+//! The Fréchet distance of two Gaussians (Dowson and Landau 1982; FID, arXiv 1706.08500).
+
+use faer::linalg::matmul::matmul;
+use faer::{Accum, Mat, MatMut, MatRef, Par, Side};
+
+use super::EvaluateError;
+
+/// Rows that enter the scatter at a time, so that a large batch needs no centred copy of itself.
+const ROWS: usize = 256;
+
+/// Mean and covariance of features, gathered batch by batch and mergeable across ranks. The same
+/// batches in the same order give the same bits.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GaussianStatistics {
+    count: u64,
+    mean: Vec<f64>,
+    /// Sum over samples of (x - mean)(x - mean)^T, [D, D], row by row.
+    scatter: Vec<f64>,
+}
+
+impl GaussianStatistics {
+    /// Of no samples yet, with `dimensions` features each.
+    pub fn new(dimensions: usize) -> Self {
+        Self { count: 0, mean: vec![0.0; dimensions], scatter: vec![0.0; dimensions * dimensions] }
+    }
+
+    /// Of the samples `features` [N, D], flattened.
+    ///
+    /// # Errors
+    /// As [`GaussianStatistics::add`].
+    pub fn of(features: &[f64], dimensions: usize) -> Result<Self, EvaluateError> {
+        let mut statistics = Self::new(dimensions);
+        statistics.add(features)?;
+        Ok(statistics)
+    }
+
+    /// Number of samples so far.
+    pub fn count(&self) -> u64 {
+        self.count
+    }
+
+    /// Number of features of a sample.
+    pub fn dimensions(&self) -> usize {
+        self.mean.len()
+    }
+
+    /// Adds samples, `features` [N, D], flattened. A length that D does not divide is a programming
+    /// error and panics.
+    ///
+    /// # Errors
+    /// [`EvaluateError::NotFinite`] names the sample and feature; nothing is added then.
+    pub fn add(&mut self, features: &[f64]) -> Result<(), EvaluateError> {
+        let d = self.dimensions();
+        assert!(features.len().is_multiple_of(d), "{} features are no rows of {d}", features.len());
+        if let Some(at) = features.iter().position(|v| !v.is_finite()) {
+            let value = features[at];
+            return Err(EvaluateError::NotFinite { sample: at / d, dimension: at % d, value });
+        }
+        for rows in features.chunks(ROWS * d) {
+            self.absorb(&Self::of_chunk(rows, d));
+        }
+        Ok(())
+    }
+
+    /// [`GaussianStatistics::add`] of float32 features, as encoders give them.
+    ///
+    /// # Errors
+    /// As [`GaussianStatistics::add`].
+    pub fn add_f32(&mut self, features: &[f32]) -> Result<(), EvaluateError> {
+        self.add(&features.iter().map(|&v| f64::from(v)).collect::<Vec<_>>())
+    }
+
+    /// Adds the samples of other statistics, such as another rank's.
+    ///
+    /// # Errors
+    /// [`EvaluateError::Dimensions`] where the numbers of features differ.
+    pub fn merge(&mut self, other: &Self) -> Result<(), EvaluateError> {
+        if self.dimensions() != other.dimensions() {
+            return Err(EvaluateError::Dimensions { a: self.dimensions(), b: other.dimensions() });
+        }
+        self.absorb(other);
+        Ok(())
+    }
+
+    fn of_chunk(rows: &[f64], d: usize) -> Self {
+        let n = rows.len() / d;
+        let mut mean = vec![0.0; d];
+        for row in rows.chunks_exact(d) {
+            mean.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
+        }
+        mean.iter_mut().for_each(|sum| *sum /= n as f64);
+        let centred: Vec<f64> =
+            rows.chunks_exact(d).flat_map(|row| row.iter().zip(&mean).map(|(x, m)| x - m)).collect();
+        let centred = MatRef::from_row_major_slice(&centred, n, d);
+        let mut scatter = vec![0.0; d * d];
+        let into = MatMut::from_row_major_slice_mut(&mut scatter, d, d);
+        matmul(into, Accum::Replace, centred.transpose(), centred, 1.0, Par::Seq);
+        Self { count: n as u64, mean, scatter }
+    }
+
+    /// Chan, Golub and LeVeque's update (1979): no difference of large sums.
+    fn absorb(&mut self, other: &Self) {
+        if other.count == 0 {
+            return;
+        }
+        let (a, b) = (self.count as f64, other.count as f64);
+        let difference: Vec<f64> = other.mean.iter().zip(&self.mean).map(|(y, x)| y - x).collect();
+        let weight = a * b / (a + b);
+        for (i, row) in self.scatter.chunks_exact_mut(difference.len()).enumerate() {
+            let theirs = &other.scatter[i * difference.len()..];
+            for ((sum, &term), d) in row.iter_mut().zip(theirs).zip(&difference) {
+                *sum += term + weight * difference[i] * d;
+            }
+        }
+        self.mean.iter_mut().zip(&difference).for_each(|(mean, d)| *mean += d * (b / (a + b)));
+        self.count += other.count;
+    }
+
+    /// One array for sending between ranks: count, mean [D], scatter [D, D].
+    pub fn to_flat(&self) -> Vec<f64> {
+        let mut flat = vec![self.count as f64];
+        flat.extend_from_slice(&self.mean);
+        flat.extend_from_slice(&self.scatter);
+        flat
+    }
+
+    /// The statistics behind [`GaussianStatistics::to_flat`]. Another length is a programming error
+    /// and panics.
+    pub fn from_flat(flat: &[f64], dimensions: usize) -> Self {
+        assert_eq!(flat.len(), 1 + dimensions + dimensions * dimensions, "not statistics of {dimensions}");
+        let (mean, scatter) = flat[1..].split_at(dimensions);
+        Self { count: flat[0] as u64, mean: mean.to_vec(), scatter: scatter.to_vec() }
+    }
+
+    /// Mean [D].
+    pub fn mean(&self) -> &[f64] {
+        &self.mean
+    }
+
+    /// Covariance [D, D], row by row, normalised by N - 1.
+    ///
+    /// # Errors
+    /// [`EvaluateError::TooFew`] below two samples.
+    pub fn covariance(&self) -> Result<Vec<f64>, EvaluateError> {
+        if self.count < 2 {
+            return Err(EvaluateError::TooFew { count: self.count, needed: 2 });
+        }
+        let scale = 1.0 / (self.count - 1) as f64;
+        Ok(self.scatter.iter().map(|s| s * scale).collect())
+    }
+
+    /// The Fréchet distance |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of the two Gaussians. The
+    /// trace of the root is the sum of the roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which is
+    /// symmetric; singular covariances (fewer samples than features) need no special care.
+    ///
+    /// # Errors
+    /// Fewer than two samples on a side, different numbers of features, or no convergence.
+    pub fn frechet_distance(&self, other: &Self) -> Result<f64, EvaluateError> {
+        let d = self.dimensions();
+        if d != other.dimensions() {
+            return Err(EvaluateError::Dimensions { a: d, b: other.dimensions() });
+        }
+        let (s1, s2) = (self.covariance()?, other.covariance()?);
+        let (s1, s2) = (MatRef::from_row_major_slice(&s1, d, d), MatRef::from_row_major_slice(&s2, d, d));
+        let eigen = s1.self_adjoint_eigen(Side::Lower).map_err(|_| EvaluateError::Eigenvalues)?;
+        let (q, roots) = (eigen.U(), eigen.S().column_vector());
+        let scaled = Mat::from_fn(d, d, |i, j| q[(i, j)] * roots[j].max(0.0).sqrt());
+        let root = &scaled * q.transpose();
+        let product = &root * s2 * &root;
+        let product = Mat::from_fn(d, d, |i, j| 0.5 * (product[(i, j)] + product[(j, i)]));
+        let values = product.self_adjoint_eigenvalues(Side::Lower).map_err(|_| EvaluateError::Eigenvalues)?;
+        let trace_of_root: f64 = values.iter().map(|v| v.max(0.0).sqrt()).sum();
+        let traces: f64 = (0..d).map(|i| s1[(i, i)] + s2[(i, i)]).sum();
+        let means: f64 = self.mean.iter().zip(&other.mean).map(|(a, b)| (a - b) * (a - b)).sum();
+        // Rounding may leave equal distributions a hair below zero.
+        Ok((means + traces - 2.0 * trace_of_root).max(0.0))
+    }
+}
+
+/// The Fréchet distance of the Gaussians fitted, with N - 1 covariances, to `a` and `b`: features
+/// [N, D] and [M, D], flattened, with D = `dimensions`.
+///
+/// # Errors
+/// Fewer than two samples on a side, or features that are not finite.
+pub fn frechet_distance(a: &[f64], b: &[f64], dimensions: usize) -> Result<f64, EvaluateError> {
+    GaussianStatistics::of(a, dimensions)?.frechet_distance(&GaussianStatistics::of(b, dimensions)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::draws::{Draws, Purpose};
+
+    fn features(seed: u64, count: usize, d: usize) -> Vec<f64> {
+        let mut drawn = vec![0.0f32; count * d];
+        Draws::new(seed, Purpose::Noise).normal(0, &mut drawn);
+        drawn.into_iter().map(f64::from).collect()
+    }
+
+    /// Diagonal Gaussians: |m1 - m2|^2 + sum (s1 - s2)^2.
+    #[test]
+    fn the_distance_of_known_gaussians_is_the_formulas() {
+        // Symmetric points have exactly the wanted mean and covariance.
+        let points = |mean: [f64; 2], deviation: [f64; 2]| {
+            let unit = 1.5f64.sqrt();
+            let at = |i: usize, sign: f64, axis: usize| {
+                mean[i] + if i == axis { sign * unit * deviation[i] } else { 0.0 }
+            };
+            [(1.0, 0), (-1.0, 0), (1.0, 1), (-1.0, 1)]
+                .iter()
+                .flat_map(|&(sign, axis)| [at(0, sign, axis), at(1, sign, axis)])
+                .collect::<Vec<f64>>()
+        };
+        let a = points([0.0, 1.0], [1.0, 2.0]);
+        let b = points([3.0, -1.0], [0.5, 5.0]);
+        let distance = frechet_distance(&a, &b, 2).expect("a distance");
+        assert!((distance - (9.0 + 4.0 + 0.25 + 9.0)).abs() < 1e-9, "{distance}");
+        assert!(frechet_distance(&a, &a, 2).expect("a distance") < 1e-9);
+    }
+
+    #[test]
+    fn singular_covariances_are_compared() {
+        let (a, b) = (features(1, 5, 12), features(2, 6, 12));
+        let forth = frechet_distance(&a, &b, 12).expect("a distance");
+        let back = frechet_distance(&b, &a, 12).expect("a distance");
+        assert!(forth > 0.0 && (forth - back).abs() < 1e-6 * forth, "{forth} {back}");
+        assert!(frechet_distance(&a, &a, 12).expect("a distance") < 1e-6 * forth);
+    }
+
+    #[test]
+    fn parts_merge_to_the_whole_far_from_zero() {
+        let d = 7;
+        let all: Vec<f64> = features(3, 1000, d).iter().map(|x| x + 1e6).collect();
+        let whole = GaussianStatistics::of(&all, d).expect("statistics");
+        let mut merged = GaussianStatistics::new(d);
+        for part in [&all[..5 * d], &all[5 * d..5 * d], &all[5 * d..700 * d], &all[700 * d..]] {
+            let part = GaussianStatistics::of(part, d).expect("statistics");
+            merged.merge(&GaussianStatistics::from_flat(&part.to_flat(), d)).expect("as many features");
+        }
+        assert_eq!(merged.count(), 1000);
+        let (a, b) = (whole.covariance().expect("enough"), merged.covariance().expect("enough"));
+        for (i, (a, b)) in a.iter().zip(&b).enumerate() {
+            assert!((a - b).abs() < 1e-9, "{i}: {a} {b}");
+            let expected = if i % (d + 1) == 0 { 1.0 } else { 0.0 };
+            assert!((a - expected).abs() < 0.15, "{i}: {a}");
+        }
+        assert!(whole.mean().iter().zip(merged.mean()).all(|(a, b)| (a - b).abs() < 1e-8));
+    }
+
+    #[test]
+    fn what_cannot_be_compared_is_an_error() {
+        let good = features(4, 10, 3);
+        let message = |a: &[f64], b: &[f64]| frechet_distance(a, b, 3).expect_err("wrong").to_string();
+        assert!(message(&good, &good[..3]).contains("1 samples are too few"));
+        let mut bad = good.clone();
+        bad[7] = f64::NAN;
+        assert_eq!(message(&good, &bad), "feature 1 of sample 2 is NaN");
+        let other = GaussianStatistics::of(&good, 5).expect("statistics");
+        assert!(other.clone().merge(&GaussianStatistics::new(3)).is_err());
+        assert!(other.frechet_distance(&GaussianStatistics::of(&good, 3).expect("three")).is_err());
+    }
+}

@@ -1,0 +1,162 @@
+//! How far a run's samples are from its data, next to what gives the number a meaning: the untrained
+//! model, decoded class means, and one half of the data against the other.
+
+use half::f16;
+use serde::{Deserialize, Serialize};
+
+use super::{EvaluateError, GaussianStatistics};
+use crate::Device;
+use crate::config::Config;
+use crate::data::store::LatentStore;
+use crate::encoder::VisionEncoder;
+use crate::generate::{GenerateError, Generator, Which};
+use crate::images::Image;
+
+/// Images that go through the encoder at once.
+const BATCH: usize = 50;
+
+/// Solver steps of the untrained model. Its velocity is exactly zero, since its output layer begins
+/// at zero, so that more steps would change nothing.
+const UNTRAINED_STEPS: usize = 2;
+
+/// Fréchet distances to the data set, in an encoder's pooled features (mean over patch tokens).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Evaluation {
+    /// Optimizer steps behind the weights.
+    pub step: u64,
+    /// Samples, in the classes' proportions in the data.
+    pub samples: usize,
+    /// Guidance scale of the samples.
+    pub cfg_scale: f64,
+    /// Of samples from the averaged weights.
+    pub trained: f64,
+    /// Of samples from the weights before the first step.
+    pub untrained: f64,
+    /// Of the decoded mean of each class's latents.
+    pub class_means: f64,
+    /// Of one half of the data from the other.
+    pub floor: f64,
+}
+
+/// Why an evaluation failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EvaluationError {
+    /// No images could be made.
+    #[error(transparent)]
+    Generate(#[from] GenerateError),
+    /// The distances could not be computed.
+    #[error(transparent)]
+    Distance(#[from] EvaluateError),
+    /// The encoder failed, or the store has no features of it.
+    #[error("{0}")]
+    Features(String),
+}
+
+/// Evaluates a run with `samples` samples; `encoder` must be the one whose features the store holds
+/// first. `progress` is told how many samples are drawn.
+///
+/// # Errors
+/// The run, its store or its encoder cannot be used.
+pub fn evaluate_run(
+    config: &Config,
+    encoder: &VisionEncoder,
+    samples: usize,
+    device: &Device,
+    mut progress: impl FnMut(usize),
+) -> Result<Evaluation, EvaluationError> {
+    let store = LatentStore::open(&config.data.dir).map_err(GenerateError::from)?;
+    let real = stored_features(&store)?;
+    let data = GaussianStatistics::of(&real.concat(), encoder.embed_dim())?;
+    let distance = |images: &[Image]| -> Result<f64, EvaluationError> {
+        let mut statistics = GaussianStatistics::new(encoder.embed_dim());
+        for batch in images.chunks(BATCH) {
+            statistics.add_f32(&pooled_features(encoder, batch)?)?;
+        }
+        Ok(statistics.frechet_distance(&data)?)
+    };
+    // The data's own sequence of labels, thinned: classes keep their proportions.
+    let labels = (0..samples)
+        .map(|i| Ok(store.label(i * store.len() / samples)? as usize))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(GenerateError::Store)?;
+
+    let generator = Generator::open(config, Which::Ema, device)?;
+    let mut initial = config.clone();
+    initial.sample.solver.num_steps = UNTRAINED_STEPS;
+    let untrained = Generator::open(&initial, Which::Initial, device)?;
+    let (even, odd): (Vec<_>, Vec<_>) = real.iter().enumerate().partition(|(i, _)| i % 2 == 0);
+    let half = |part: &[(usize, &Vec<f64>)]| {
+        let features: Vec<f64> = part.iter().flat_map(|(_, f)| f.iter().copied()).collect();
+        GaussianStatistics::of(&features, encoder.embed_dim())
+    };
+    Ok(Evaluation {
+        step: generator.step(),
+        samples,
+        cfg_scale: config.sample.solver.cfg_scale,
+        trained: distance(&generator.images(&labels, 0, &mut progress)?)?,
+        untrained: distance(&untrained.images(&labels, 0, |_| {})?)?,
+        class_means: distance(&class_means(&generator, &store, &labels)?)?,
+        floor: half(&even)?.frechet_distance(&half(&odd)?)?,
+    })
+}
+
+/// Pooled features of every sample of a store, by its first encoder.
+fn stored_features(store: &LatentStore) -> Result<Vec<Vec<f64>>, EvaluationError> {
+    let Some(encoder) = store.index().contents.encoders.first() else {
+        return Err(EvaluationError::Features(format!(
+            "the store {} holds no encoder features to compare with: make it again with features",
+            store.dir().display()
+        )));
+    };
+    let mut tokens = vec![f16::ZERO; encoder.tokens * encoder.dim];
+    (0..store.len())
+        .map(|i| {
+            store.features(0, i, &mut tokens).map_err(GenerateError::from)?;
+            Ok(pool(tokens.iter().map(|v| v.to_f64()), encoder.tokens, encoder.dim))
+        })
+        .collect()
+}
+
+/// Pooled features of images, [N, D] flattened.
+fn pooled_features(encoder: &VisionEncoder, images: &[Image]) -> Result<Vec<f32>, EvaluationError> {
+    let features = encoder.features(images).map_err(|e| EvaluationError::Features(e.to_string()))?;
+    let pooled = features.pooled().into_data().convert::<f32>();
+    pooled.try_to_vec().map_err(|e| EvaluationError::Features(format!("{e:?}")))
+}
+
+/// The mean over tokens of [tokens, dim].
+fn pool(values: impl Iterator<Item = f64>, tokens: usize, dim: usize) -> Vec<f64> {
+    let mut mean = vec![0.0; dim];
+    for (i, value) in values.enumerate() {
+        mean[i % dim] += value / tokens as f64;
+    }
+    mean
+}
+
+/// One decoded image a label: the mean of its class's latents.
+fn class_means(
+    generator: &Generator,
+    store: &LatentStore,
+    labels: &[usize],
+) -> Result<Vec<Image>, EvaluationError> {
+    let contents = &store.index().contents;
+    let size = contents.latent_len();
+    let mut sums = vec![vec![0.0f64; size]; contents.classes];
+    let mut counts = vec![0usize; contents.classes];
+    let mut stored = vec![0.0f32; contents.stored_len()];
+    for i in 0..store.len() {
+        store.latent(i, &mut stored).map_err(GenerateError::from)?;
+        let label = store.label(i).map_err(GenerateError::from)? as usize;
+        counts[label] += 1;
+        // Of moments, the mean comes first.
+        sums[label].iter_mut().zip(&stored[..size]).for_each(|(sum, &value)| *sum += f64::from(value));
+    }
+    let means: Vec<f32> = sums
+        .iter()
+        .zip(&counts)
+        .flat_map(|(sum, &count)| sum.iter().map(move |value| (value / count.max(1) as f64) as f32))
+        .collect();
+    let images = generator.decode_raw(means);
+    Ok(labels.iter().map(|&label| images[label].clone()).collect())
+}

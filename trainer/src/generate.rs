@@ -1,0 +1,191 @@
+//! From a run to images: its weights, its sampler, its autoencoder.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use burn::tensor::{Tensor, TensorData};
+
+use crate::Device;
+use crate::autoencoder::{self, Autoencoder};
+use crate::checkpoint::{self, CheckpointError};
+use crate::config::{Config, ConfigError, Source, Sources, load};
+use crate::data::store::{Index, LatentStore, StoreError};
+use crate::images::{self, Image};
+use crate::model::Sit;
+use crate::params::Params;
+use crate::sample::{Batch, DrawnNoise, SampleError, draw_latents, sample};
+use crate::weights::WeightsError;
+
+/// Which weights of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Which {
+    /// The moving average of the last checkpoint.
+    Ema,
+    /// The weights of the last checkpoint.
+    Model,
+    /// The weights before the first step.
+    Initial,
+}
+
+/// Why a run makes no images.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum GenerateError {
+    /// The folder is no run.
+    #[error("{path} holds no run (no config.toml): train one first, or name another folder with --run")]
+    NoRun {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// The run has saved nothing yet.
+    #[error("{path} holds no checkpoint yet: wait for one, or train on")]
+    NoCheckpoint {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// The run's configuration, or an argument, cannot be used.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The checkpoint cannot be read.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The latent store cannot be read.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The autoencoder cannot be read.
+    #[error(transparent)]
+    Autoencoder(#[from] WeightsError),
+    /// The sampler failed.
+    #[error(transparent)]
+    Sample(#[from] SampleError),
+}
+
+/// The merged configuration that a run folder keeps, with `arguments` over it.
+///
+/// # Errors
+/// The folder is no run, or an argument cannot be used.
+pub fn run_config(run: &Path, arguments: &[String]) -> Result<Config, GenerateError> {
+    let path = run.join("config.toml");
+    if !path.is_file() {
+        return Err(GenerateError::NoRun { path: run.to_owned() });
+    }
+    let sources =
+        Sources { source: Some(Source::File(path)), environment: Vec::new(), arguments: arguments.to_vec() };
+    Ok(load(&sources)?.config)
+}
+
+/// A run's model with what it takes to make images.
+#[derive(Debug)]
+pub struct Generator {
+    config: Config,
+    index: Index,
+    autoencoder: Autoencoder,
+    device: Device,
+    model: Sit,
+    step: u64,
+}
+
+impl Generator {
+    /// Opens a run of this configuration.
+    ///
+    /// # Errors
+    /// Its checkpoint, store or autoencoder cannot be read.
+    pub fn open(config: &Config, which: Which, device: &Device) -> Result<Self, GenerateError> {
+        let store = LatentStore::open(&config.data.dir)?;
+        let index = store.index().clone();
+        let sit = config.sit();
+        let layout = Arc::new(sit.layout());
+        let (flat, step) = match which {
+            Which::Initial => (layout.initial_values(config.train.seed), 0),
+            Which::Ema | Which::Model => {
+                let folder = crate::train::checkpoints(&config.run.dir);
+                let checkpoint = checkpoint::latest(&folder)?
+                    .0
+                    .ok_or_else(|| GenerateError::NoCheckpoint { path: config.run.dir.clone() })?;
+                let array =
+                    if which == Which::Ema { checkpoint::Array::Ema } else { checkpoint::Array::Model };
+                (checkpoint.read(&layout, array)?, checkpoint.progress().step)
+            }
+        };
+        let autoencoder = match config.sample.autoencoder.as_os_str().is_empty() {
+            true => autoencoder::by_id(&index.contents.autoencoder, device)?,
+            false => Autoencoder::open(&config.sample.autoencoder, device)?,
+        };
+        let params = Params::from_flat(&layout, &flat, device);
+        Ok(Self {
+            config: config.clone(),
+            model: Sit::bind(&sit, &params),
+            index,
+            autoencoder,
+            device: device.clone(),
+            step,
+        })
+    }
+
+    /// What the run trained on.
+    pub fn index(&self) -> &Index {
+        &self.index
+    }
+
+    /// Optimizer steps behind the weights.
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
+    /// Draws one image a label. `first` numbers the samples: the same numbers, labels and settings
+    /// give the same images, in whatever batches. `on_batch` is told how many are done.
+    ///
+    /// # Errors
+    /// A label or a setting is out of range, or the model's output is not finite.
+    pub fn images(
+        &self,
+        labels: &[usize],
+        first: u64,
+        mut on_batch: impl FnMut(usize),
+    ) -> Result<Vec<Image>, GenerateError> {
+        let settings = &self.config.sample;
+        let contents = &self.index.contents;
+        let size = contents.latent_len();
+        let mut images = Vec::with_capacity(labels.len());
+        for (number, labels) in labels.chunks(settings.batch).enumerate() {
+            let start = first + (number * settings.batch) as u64;
+            let samples: Vec<u64> = (start..start + labels.len() as u64).collect();
+            let latents = draw_latents(settings.seed, &samples, size);
+            let batch = Batch {
+                latents: &latents,
+                shape: [labels.len(), contents.channels, contents.height, contents.width],
+                labels,
+                null_class: self.config.model.num_classes,
+                path: self.config.objective.path,
+                device: &self.device,
+            };
+            let noise = DrawnNoise::new(settings.seed, &samples);
+            let states = sample(&self.model, &settings.solver, &batch, &noise, |_| {})?;
+            images.extend(self.decode(states.into_iter().map(|v| v as f32).collect()));
+            on_batch(images.len());
+        }
+        Ok(images)
+    }
+
+    /// Images of normalised latents [N, C, h, w], flattened.
+    pub fn decode(&self, mut latents: Vec<f32>) -> Vec<Image> {
+        let contents = &self.index.contents;
+        self.index.normalisation.invert(&mut latents, contents.height * contents.width);
+        self.decode_raw(latents)
+    }
+
+    /// Images of latents as the autoencoder makes them, [N, C, h, w], flattened.
+    pub fn decode_raw(&self, latents: Vec<f32>) -> Vec<Image> {
+        const AT_ONCE: usize = 50;
+        let contents = &self.index.contents;
+        latents
+            .chunks(AT_ONCE * contents.latent_len())
+            .flat_map(|part| {
+                let shape =
+                    [part.len() / contents.latent_len(), contents.channels, contents.height, contents.width];
+                let latents = Tensor::<4>::from_data(TensorData::new(part.to_vec(), shape), &self.device);
+                images::from_tensor(self.autoencoder.decode(latents))
+            })
+            .collect()
+    }
+}
