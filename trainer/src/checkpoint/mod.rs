@@ -1,1 +1,116 @@
-//! checkpoint
+//! Checkpoints: sharded by rank, whole or absent, readable on any world size.
+//!
+//! `step-00050000/` holds `rank-00003-of-00008.safetensors`, one file a rank, and `manifest.json`. What
+//! a run has learned is four flat float32 arrays in layout order ([`Array`]); each rank writes an even
+//! contiguous range of each, cut at tensor boundaries into pieces that carry the reference's parameter
+//! names. The manifest says where each piece lies, and gives every shard's digest; its own is in
+//! `manifest.xxh3`. Frozen parameters follow from the model and are left out, but for those of an
+//! imported checkpoint ([`reference`]), which may differ in their last bits.
+//!
+//! A checkpoint grows in `step-00050000.partial/`. Shards are fsynced before the manifest is written,
+//! the manifest before the folder is renamed, and the parent after: a folder under its final name is
+//! complete.
+
+mod folder;
+mod manifest;
+mod reader;
+pub mod reference;
+mod shard;
+#[cfg(test)]
+mod tests;
+
+use std::path::{Path, PathBuf};
+
+pub use folder::{Listed, begin, commit, growing, latest, list, name, prune};
+pub use manifest::{Manifest, Piece, Progress, ShardRecord, TensorRecord};
+pub use reader::Checkpoint;
+pub use shard::{Arrays, Frozen, write_shard, write_shard_with};
+
+/// The flat arrays of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Array {
+    /// Weights.
+    Model,
+    /// Moving average of the weights.
+    Ema,
+    /// AdamW's first moment.
+    ExpAvg,
+    /// AdamW's second moment.
+    ExpAvgSq,
+}
+
+impl Array {
+    /// All of them, in the order in which a shard holds them.
+    pub const ALL: [Array; 4] = [Array::Model, Array::Ema, Array::ExpAvg, Array::ExpAvgSq];
+
+    /// What stands before a parameter's name.
+    pub fn prefix(self) -> &'static str {
+        match self {
+            Array::Model => "model",
+            Array::Ema => "ema",
+            Array::ExpAvg => "exp_avg",
+            Array::ExpAvgSq => "exp_avg_sq",
+        }
+    }
+}
+
+/// Why a checkpoint cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CheckpointError {
+    /// A file or folder cannot be written.
+    #[error("cannot write the checkpoint {path}: {source}; free space there, or set run.dir to another disk")]
+    Write {
+        /// The file or folder.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// A file or folder cannot be read.
+    #[error("cannot read the checkpoint {path}: {source}")]
+    Read {
+        /// The file or folder.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// The checkpoint is damaged.
+    #[error("the checkpoint {path} is damaged: {problem}; use an earlier one (`repa-dist checkpoint list`)")]
+    Damaged {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The checkpoint is sound and of another model.
+    #[error("the checkpoint {path} is of another model: {problem}")]
+    Mismatch {
+        /// The folder.
+        path: PathBuf,
+        /// The tensors that differ.
+        problem: String,
+    },
+    /// Checkpoints are there, and none can be read.
+    #[error("none of the checkpoints in {path} can be read: {problems}; move them away to begin anew")]
+    NoneGood {
+        /// The folder.
+        path: PathBuf,
+        /// What is wrong with each.
+        problems: String,
+    },
+}
+
+impl CheckpointError {
+    fn write(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
+        move |source| Self::Write { path: path.to_owned(), source }
+    }
+
+    fn read(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
+        move |source| Self::Read { path: path.to_owned(), source }
+    }
+
+    fn damaged(path: &Path, problem: impl Into<String>) -> Self {
+        Self::Damaged { path: path.to_owned(), problem: problem.into() }
+    }
+}

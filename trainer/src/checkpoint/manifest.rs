@@ -1,0 +1,101 @@
+//! `manifest.json`: what a checkpoint holds and where.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::Array;
+use crate::objective::LossScaler;
+
+pub(super) const FORMAT: &str = "repa-dist checkpoint";
+pub(super) const MANIFEST: &str = "manifest.json";
+pub(super) const MANIFEST_DIGEST: &str = "manifest.xxh3";
+pub(super) const VERSION: u32 = 1;
+
+/// Where a run stands.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Progress {
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Samples seen, over all ranks: where the data order goes on.
+    pub samples: u64,
+    /// Steps that AdamW has made (steps that were left out do not count).
+    pub updates: u64,
+    /// Loss scaling of float16.
+    pub scaler: LossScaler,
+}
+
+/// One contiguous part of a tensor.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Piece {
+    /// Number of the shard file that holds it.
+    pub shard: usize,
+    /// Where it begins in that file, in bytes.
+    pub offset: u64,
+    /// Its first element in the flattened tensor.
+    pub start: usize,
+    /// One past its last element.
+    pub end: usize,
+}
+
+/// One tensor.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TensorRecord {
+    /// Element type; `F32`.
+    pub dtype: String,
+    /// Shape, outermost dimension first.
+    pub shape: Vec<usize>,
+    /// Its parts, by ascending start; together they are the whole tensor.
+    pub pieces: Vec<Piece>,
+}
+
+/// One shard file, as its writer reports it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShardRecord {
+    /// File name.
+    pub file: String,
+    /// Its size.
+    pub bytes: u64,
+    /// xxh3 of the file, 64 bits, hexadecimal.
+    pub xxh3: String,
+    /// What it holds: array, index of the parameter in the layout, piece.
+    pub pieces: Vec<(Array, usize, Piece)>,
+}
+
+/// A checkpoint's `manifest.json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// Always `repa-dist checkpoint`.
+    pub format: String,
+    /// Version of the format.
+    pub version: u32,
+    /// Version of the program that wrote it.
+    pub program: String,
+    /// Where the run stood.
+    pub progress: Progress,
+    /// Ranks that wrote it.
+    pub world_size: usize,
+    /// The run's merged configuration.
+    pub config: serde_json::Value,
+    /// The shard files.
+    pub shards: Vec<Shard>,
+    /// Tensors by array and name.
+    pub tensors: BTreeMap<Array, BTreeMap<String, TensorRecord>>,
+}
+
+/// One shard file in the manifest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Shard {
+    /// File name.
+    pub file: String,
+    /// Its size.
+    pub bytes: u64,
+    /// xxh3 of the file, 64 bits, hexadecimal.
+    pub xxh3: String,
+}

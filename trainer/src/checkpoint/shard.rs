@@ -1,0 +1,180 @@
+//! Writing a rank's shard.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::ops::Range;
+use std::path::Path;
+
+use repa_comm::shard_range;
+use safetensors::Dtype;
+use safetensors::tensor::TensorInfo;
+use xxhash_rust::xxh3::Xxh3;
+
+use super::{Array, CheckpointError, Piece, ShardRecord};
+use crate::params::Layout;
+
+#[cfg(target_endian = "big")]
+compile_error!("checkpoints are written without byte swapping: little-endian hosts only");
+
+/// The flat arrays of a run, in layout order, all of the same length.
+#[derive(Debug, Clone, Copy)]
+pub struct Arrays<'a> {
+    /// Weights.
+    pub model: &'a [f32],
+    /// Moving average of the weights.
+    pub ema: &'a [f32],
+    /// AdamW's first moment.
+    pub exp_avg: &'a [f32],
+    /// AdamW's second moment.
+    pub exp_avg_sq: &'a [f32],
+}
+
+impl Arrays<'_> {
+    fn get(&self, array: Array) -> &[f32] {
+        match array {
+            Array::Model => self.model,
+            Array::Ema => self.ema,
+            Array::ExpAvg => self.exp_avg,
+            Array::ExpAvgSq => self.exp_avg_sq,
+        }
+    }
+}
+
+/// A frozen parameter's value, kept where it may differ from the one that follows from the model: an
+/// imported checkpoint must be able to give back what came in.
+#[derive(Debug, Clone, Copy)]
+pub struct Frozen<'a> {
+    /// [`Array::Model`] or [`Array::Ema`].
+    pub array: Array,
+    /// Index of the parameter in the layout.
+    pub number: usize,
+    /// Its elements.
+    pub values: &'a [f32],
+}
+
+/// Writes the part of `rank` into the folder `dir` that [`super::begin`] made, and brings it to disk.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn write_shard(
+    dir: &Path,
+    layout: &Layout,
+    arrays: &Arrays,
+    rank: usize,
+    world: usize,
+) -> Result<ShardRecord, CheckpointError> {
+    write_shard_with(dir, layout, arrays, &[], rank, world)
+}
+
+/// [`write_shard`], with frozen parameters' values besides. One rank gives them, each whole.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn write_shard_with(
+    dir: &Path,
+    layout: &Layout,
+    arrays: &Arrays,
+    frozen: &[Frozen],
+    rank: usize,
+    world: usize,
+) -> Result<ShardRecord, CheckpointError> {
+    let file = format!("rank-{rank:05}-of-{world:05}.safetensors");
+    let path = dir.join(&file);
+    let range = shard_range(layout.trainable_len(), rank, world);
+    let parts: Vec<(usize, Range<usize>)> = parts(layout, &range).collect();
+
+    let mut names = Vec::new();
+    let mut pieces = Vec::new();
+    let mut offset = 0;
+    let mut place = |array: Array, number: usize, part: Range<usize>| {
+        let entry = &layout.entries()[number];
+        let bytes = part.len() * size_of::<f32>();
+        names.push((
+            format!("{}.{}", array.prefix(), entry.name),
+            TensorInfo { dtype: Dtype::F32, shape: vec![part.len()], data_offsets: (offset, offset + bytes) },
+        ));
+        let piece = Piece { shard: rank, offset: offset as u64, start: part.start, end: part.end };
+        pieces.push((array, number, piece));
+        offset += bytes;
+    };
+    for array in Array::ALL {
+        for (number, part) in &parts {
+            let first = layout.entries()[*number].offset;
+            place(array, *number, part.start - first..part.end - first);
+        }
+    }
+    for value in frozen {
+        assert_eq!(value.values.len(), layout.entries()[value.number].len(), "a frozen value does not fit");
+        place(value.array, value.number, 0..value.values.len());
+    }
+    let header = header(names, rank, world);
+    for (_, _, piece) in &mut pieces {
+        piece.offset += header.len() as u64;
+    }
+
+    let write = || -> std::io::Result<String> {
+        let mut out = Hashed { file: BufWriter::new(File::create(&path)?), hash: Xxh3::new() };
+        out.write(&header)?;
+        for array in Array::ALL {
+            out.write(bytemuck::cast_slice(&arrays.get(array)[range.clone()]))?;
+        }
+        for value in frozen {
+            out.write(bytemuck::cast_slice(value.values))?;
+        }
+        out.finish()
+    };
+    let xxh3 = write().map_err(CheckpointError::write(&path))?;
+    Ok(ShardRecord { file, bytes: (header.len() + offset) as u64, xxh3, pieces })
+}
+
+/// The trainable parameters that meet a range of the flat array, and the part of the range in each.
+fn parts<'a>(
+    layout: &'a Layout,
+    range: &'a Range<usize>,
+) -> impl Iterator<Item = (usize, Range<usize>)> + 'a {
+    layout.entries().iter().enumerate().filter(|(_, entry)| entry.trainable).filter_map(|(number, entry)| {
+        let part = range.start.max(entry.offset)..range.end.min(entry.offset + entry.len());
+        (!part.is_empty()).then_some((number, part))
+    })
+}
+
+/// safetensors' header with its length before it, padded so that the data is aligned. Its bytes follow
+/// from the tensors alone (the library keeps the file's own metadata in a hash map, in any order).
+fn header(tensors: Vec<(String, TensorInfo)>, rank: usize, world: usize) -> Vec<u8> {
+    let about = serde_json::json!({
+        "format": super::manifest::FORMAT,
+        "rank": rank.to_string(),
+        "world_size": world.to_string(),
+    });
+    let mut fields = serde_json::Map::from_iter([("__metadata__".to_owned(), about)]);
+    for (name, info) in tensors {
+        fields.insert(name, serde_json::to_value(info).expect("a tensor's description serialises"));
+    }
+    let mut json = serde_json::to_vec(&fields).expect("a header serialises");
+    json.resize(json.len().next_multiple_of(8), b' ');
+    let mut header = (json.len() as u64).to_le_bytes().to_vec();
+    header.extend(json);
+    header
+}
+
+struct Hashed {
+    file: BufWriter<File>,
+    hash: Xxh3,
+}
+
+impl Hashed {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        const AT_ONCE: usize = 1 << 20;
+        // Hashed and written while it is in the cache.
+        for part in bytes.chunks(AT_ONCE) {
+            self.hash.update(part);
+            self.file.write_all(part)?;
+        }
+        Ok(())
+    }
+
+    fn finish(self) -> std::io::Result<String> {
+        self.file.into_inner().map_err(|e| e.into_error())?.sync_all()?;
+        Ok(format!("{:016x}", self.hash.digest()))
+    }
+}

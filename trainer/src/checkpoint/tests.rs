@@ -1,0 +1,156 @@
+use std::path::Path;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::objective::LossScaler;
+use crate::params::{Init, Layout};
+
+fn layout() -> Layout {
+    let mut layout = Layout::default();
+    layout.add_frozen("pos_embed", &[1, 4, 2], Init::Zeros);
+    layout.add("a.weight", &[5, 3], Init::Zeros);
+    layout.add("a.bias", &[5], Init::Zeros);
+    layout.add("b.weight", &[7, 2, 2], Init::Zeros);
+    layout.add("c", &[1], Init::Zeros);
+    layout
+}
+
+fn arrays(len: usize, salt: f32) -> [Vec<f32>; 4] {
+    std::array::from_fn(|a| (0..len).map(|i| salt + a as f32 * 1000.0 + i as f32 * 0.37).collect())
+}
+
+fn save(folder: &Path, step: u64, arrays: &[Vec<f32>; 4], world: usize) {
+    let layout = layout();
+    let dir = begin(folder, step).expect("begun");
+    let [model, ema, exp_avg, exp_avg_sq] = arrays;
+    let arrays = Arrays { model, ema, exp_avg, exp_avg_sq };
+    let records =
+        (0..world).map(|rank| write_shard(&dir, &layout, &arrays, rank, world).expect("written")).collect();
+    let progress = Progress { step, samples: step * 8, updates: step, scaler: LossScaler::default() };
+    commit(folder, &layout, progress, serde_json::json!({ "train": { "seed": 1 } }), records)
+        .expect("committed");
+}
+
+fn load(checkpoint: &Checkpoint) -> [Vec<f32>; 4] {
+    Array::ALL.map(|array| checkpoint.read(&layout(), array).expect("readable"))
+}
+
+#[test]
+fn any_world_size_reads_what_any_other_wrote() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut expected = arrays(layout().trainable_len(), 0.5);
+    expected[2][3] = f32::from_bits(0x7fc0_1234); // a NaN's payload survives too
+    for (step, world) in [4, 2, 3, 1, 48].into_iter().enumerate() {
+        save(folder.path(), step as u64, &expected, world);
+        let (checkpoint, problems) = latest(folder.path()).expect("good");
+        let checkpoint = checkpoint.expect("one");
+        assert!(problems.is_empty());
+        assert_eq!(checkpoint.progress().step, step as u64);
+        let bits = |arrays: &[Vec<f32>; 4]| {
+            arrays.each_ref().map(|a| a.iter().map(|x| x.to_bits()).collect::<Vec<_>>())
+        };
+        assert_eq!(bits(&load(&checkpoint)), bits(&expected));
+        for readers in [1, 2, 3, 5] {
+            for (number, array) in Array::ALL.into_iter().enumerate() {
+                let joined: Vec<u32> = (0..readers)
+                    .flat_map(|rank| {
+                        let range = repa_comm::shard_range(layout().trainable_len(), rank, readers);
+                        checkpoint.read_range(&layout(), array, range).expect("readable")
+                    })
+                    .map(f32::to_bits)
+                    .collect();
+                assert_eq!(joined, bits(&expected)[number]);
+            }
+        }
+    }
+}
+
+#[test]
+fn shards_are_safetensors_files_with_the_reference_names() {
+    let folder = tempfile::tempdir().expect("a folder");
+    save(folder.path(), 1, &arrays(layout().trainable_len(), 0.0), 2);
+    let path = folder.path().join("step-00000001/rank-00000-of-00002.safetensors");
+    let weights = crate::weights::Weights::open_safetensors(&path).expect("safetensors");
+    assert_eq!(weights.f32("model.a.bias").expect("there").len(), 5);
+    assert!(weights.tensors.contains_key("exp_avg_sq.a.weight"));
+    assert!(!weights.tensors.contains_key("model.pos_embed"), "frozen parameters follow from the model");
+}
+
+#[test]
+fn the_same_state_makes_the_same_files() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let state = arrays(layout().trainable_len(), 0.0);
+    let shard = || {
+        save(folder.path(), 1, &state, 2);
+        std::fs::read(folder.path().join("step-00000001/rank-00001-of-00002.safetensors")).expect("read")
+    };
+    let first = shard();
+    for _ in 0..4 {
+        assert_eq!(shard(), first);
+    }
+}
+
+#[test]
+fn a_save_that_was_cut_short_is_not_seen_and_is_cleared_away() {
+    let folder = tempfile::tempdir().expect("a folder");
+    assert!(latest(folder.path()).expect("empty").0.is_none());
+    for step in 1..=4 {
+        save(folder.path(), step, &arrays(layout().trainable_len(), step as f32), 2);
+    }
+    let cut = begin(folder.path(), 5).expect("begun");
+    std::fs::write(cut.join("rank-00000-of-00002.safetensors"), b"half").expect("written");
+    assert_eq!(latest(folder.path()).expect("good").0.expect("one").progress().step, 4);
+    assert_eq!(list(folder.path()).expect("listed").unfinished, [cut]);
+    prune(folder.path(), 2).expect("pruned");
+    let listed = list(folder.path()).expect("listed");
+    assert_eq!(listed.steps.iter().map(|s| s.0).collect::<Vec<_>>(), [3, 4]);
+    assert!(listed.unfinished.is_empty());
+}
+
+#[test]
+fn a_checkpoint_of_another_model_is_refused_by_name() {
+    let folder = tempfile::tempdir().expect("a folder");
+    save(folder.path(), 1, &arrays(layout().trainable_len(), 0.0), 1);
+    let mut other = Layout::default();
+    other.add("a.weight", &[3, 5], Init::Zeros);
+    other.add("d", &[2], Init::Zeros);
+    let checkpoint = latest(folder.path()).expect("good").0.expect("one");
+    let message = checkpoint.read(&other, Array::Model).expect_err("other").to_string();
+    for part in ["a.weight is [5, 3]", "d is missing", "c is unexpected"] {
+        assert!(message.contains(part), "{message}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(120))]
+
+    /// Whatever happens to one file of the newest checkpoint, it is found out, and the one before is used.
+    #[test]
+    fn damage_is_found_and_the_last_good_one_is_used(file in 0usize..4, kind in 0usize..4, at in any::<prop::sample::Index>(), bit in 0u8..8) {
+        let folder = tempfile::tempdir().expect("a folder");
+        save(folder.path(), 1, &arrays(layout().trainable_len(), 1.0), 3);
+        save(folder.path(), 2, &arrays(layout().trainable_len(), 2.0), 3);
+        let newest = folder.path().join(name(2));
+        let shard = |rank: usize| newest.join(format!("rank-{rank:05}-of-00003.safetensors"));
+        let path = if file == 3 { newest.join("manifest.json") } else { shard(file) };
+        let mut bytes = std::fs::read(&path).expect("readable");
+        match kind {
+            0 => bytes.truncate(at.index(bytes.len())),
+            1 => { let i = at.index(bytes.len()); bytes[i] ^= 1 << bit; }
+            2 => bytes.clear(),
+            _ => {}
+        }
+        if kind < 3 {
+            std::fs::write(&path, &bytes).expect("written");
+        } else if file == 3 {
+            std::fs::remove_file(&path).expect("removed");
+        } else {
+            // The next rank's shard in its place.
+            std::fs::copy(shard((file + 1) % 3), &path).expect("copied");
+        }
+        let (checkpoint, problems) = latest(folder.path()).expect("one is good");
+        prop_assert_eq!(checkpoint.expect("one").progress().step, 1);
+        prop_assert_eq!(problems.len(), 1);
+    }
+}
