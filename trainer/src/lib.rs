@@ -3,10 +3,13 @@
 
 pub mod autoencoder;
 pub mod checkpoint;
+pub mod config;
 pub mod data;
 pub mod encoder;
 pub mod evaluate;
+pub mod exit;
 pub mod figures;
+pub mod generate;
 pub mod images;
 pub mod model;
 pub mod nn;
@@ -14,8 +17,10 @@ pub mod objective;
 pub mod ops;
 pub mod optim;
 pub mod params;
+pub mod quickstart;
 pub mod sample;
 pub mod telemetry;
+pub mod train;
 pub mod weights;
 
 pub use burn::tensor::{Device, Tensor};

@@ -1,0 +1,109 @@
+//! Values that are of the right type and still cannot work.
+
+use super::{Config, ConfigError};
+use crate::model::ModelError;
+use crate::sample::SampleError;
+
+impl Config {
+    /// Checks what can be known without the data, the ranks or the device.
+    pub(super) fn check(&self) -> Result<(), ConfigError> {
+        let train = &self.train;
+        positive("train.steps", train.steps)?;
+        positive("train.global_batch", train.global_batch as u64)?;
+        positive("data.queue_depth", self.data.queue_depth as u64)?;
+        positive("checkpoint.keep", self.checkpoint.keep as u64)?;
+        positive("sample.batch", self.sample.batch as u64)?;
+        if train.steps.checked_mul(train.global_batch as u64).is_none_or(|samples| samples >> 56 != 0) {
+            return Err(ConfigError::value(
+                "train.steps",
+                train.steps,
+                format!("with train.global_batch = {} it passes 2^56 samples", train.global_batch),
+            ));
+        }
+        unit("objective.label_drop", f64::from(self.objective.label_drop))?;
+        let optimizer = &self.optimizer;
+        unit("optimizer.ema_decay", optimizer.ema_decay)?;
+        below_one("optimizer.beta1", optimizer.beta1)?;
+        below_one("optimizer.beta2", optimizer.beta2)?;
+        for (key, value) in [
+            ("optimizer.learning_rate", optimizer.learning_rate),
+            ("optimizer.epsilon", optimizer.epsilon),
+            ("optimizer.max_grad_norm", optimizer.max_grad_norm),
+        ] {
+            if !(value.is_finite() && value > 0.0) {
+                return Err(ConfigError::value(key, value, "it must be above 0"));
+            }
+        }
+        for (key, value) in [
+            ("optimizer.weight_decay", optimizer.weight_decay),
+            ("alignment.coefficient", self.alignment.coefficient),
+        ] {
+            if !(value.is_finite() && value >= 0.0) {
+                return Err(ConfigError::value(key, value, "it must be 0 or more"));
+            }
+        }
+        self.sit().validate().map_err(|e| model_error(&e))?;
+        self.sample.solver.validate().map_err(|e| solver_error(&e))?;
+        self.objective.weighting().validate().map_err(|e| {
+            ConfigError::value(
+                &format!("objective.logit_{}", e.key),
+                e.value,
+                format!("it must be {}", e.wanted),
+            )
+        })?;
+        let device = self.device.0.as_str();
+        if device != "cpu" && device != "cuda" && cuda_index(device).is_none() {
+            return Err(ConfigError::value("device", device, "known are cpu, cuda and cuda:N"));
+        }
+        Ok(())
+    }
+}
+
+/// N of `cuda:N`.
+pub(crate) fn cuda_index(device: &str) -> Option<usize> {
+    device.strip_prefix("cuda:")?.parse().ok()
+}
+
+fn model_error(error: &ModelError) -> ConfigError {
+    match error {
+        ModelError::Invalid { key, value, problem } => {
+            let section = if ALIGNMENT_KEYS.contains(key) { "alignment" } else { "model" };
+            ConfigError::value(&format!("{section}.{key}"), value, format!("it {problem}"))
+        }
+        ModelError::UnknownPreset { name, known } => {
+            ConfigError::value("model.preset", name, format!("known are {known}"))
+        }
+    }
+}
+
+/// Keys of the model that the configuration has under `alignment`.
+const ALIGNMENT_KEYS: [&str; 3] = ["encoder_depth", "projector_dim", "z_dims"];
+
+fn solver_error(error: &SampleError) -> ConfigError {
+    match error {
+        SampleError::Config { key, value, wanted } => {
+            ConfigError::value(&format!("sample.solver.{key}"), value, format!("it must be {wanted}"))
+        }
+        other => ConfigError::value("sample.solver", "", other.to_string()),
+    }
+}
+
+fn positive(key: &str, value: u64) -> Result<(), ConfigError> {
+    if value == 0 { Err(ConfigError::value(key, value, "it must be 1 or more")) } else { Ok(()) }
+}
+
+fn unit(key: &str, value: f64) -> Result<(), ConfigError> {
+    if (0.0..=1.0).contains(&value) {
+        Ok(())
+    } else {
+        Err(ConfigError::value(key, value, "it must lie in [0, 1]"))
+    }
+}
+
+fn below_one(key: &str, value: f64) -> Result<(), ConfigError> {
+    if (0.0..1.0).contains(&value) {
+        Ok(())
+    } else {
+        Err(ConfigError::value(key, value, "it must lie in [0, 1)"))
+    }
+}

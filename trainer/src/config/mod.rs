@@ -1,0 +1,408 @@
+//! The configuration of a run: TOML files, `REPA_` environment variables and `key=value` arguments,
+//! merged in that order over the defaults below. [`load`] says where each value came from.
+
+mod check;
+mod error;
+mod load;
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+pub(crate) use check::cuda_index;
+pub use error::ConfigError;
+pub use load::{Loaded, Source, Sources, load};
+
+use crate::model::{Precision, SitConfig};
+use crate::objective::{Path, Weighting};
+use crate::sample::SamplerConfig;
+
+/// Everything that decides a run. Every key has a default, so that a file names only what differs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// `cpu`, or `cuda:N` in a build with the feature `cuda`. `cuda` alone takes the local rank.
+    pub device: DeviceName,
+    /// The run folder.
+    pub run: RunConfig,
+    /// Where the latents are.
+    pub data: DataConfig,
+    /// The diffusion transformer.
+    pub model: ModelConfig,
+    /// Representation alignment.
+    pub alignment: AlignmentConfig,
+    /// Interpolant and loss.
+    pub objective: ObjectiveConfig,
+    /// Batch, steps and seed.
+    pub train: TrainConfig,
+    /// AdamW and the moving average.
+    pub optimizer: OptimizerConfig,
+    /// What is saved, and how often.
+    pub checkpoint: CheckpointConfig,
+    /// Metrics, progress and logs.
+    pub telemetry: TelemetryConfig,
+    /// Sampling after training.
+    pub sample: SampleConfig,
+}
+
+/// A device by name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct DeviceName(pub String);
+
+impl Default for DeviceName {
+    fn default() -> Self {
+        Self("cpu".into())
+    }
+}
+
+/// Keys under `run`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RunConfig {
+    /// Folder of this run: configuration, metrics, checkpoints, samples.
+    pub dir: PathBuf,
+    /// What to do where the folder holds checkpoints already.
+    pub resume: Resume,
+}
+
+/// What a start does in a folder that holds checkpoints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Resume {
+    /// Goes on from the last good checkpoint.
+    Auto,
+    /// Refuses, so that nothing is overwritten.
+    Never,
+}
+
+impl Default for RunConfig {
+    fn default() -> Self {
+        Self { dir: "runs/default".into(), resume: Resume::Auto }
+    }
+}
+
+/// Keys under `data`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DataConfig {
+    /// Folder of the latent store.
+    pub dir: PathBuf,
+    /// Batches that the loader prepares ahead of the training thread.
+    pub queue_depth: usize,
+    /// Threads that read and draw.
+    pub threads: usize,
+}
+
+impl Default for DataConfig {
+    fn default() -> Self {
+        Self { dir: "data/latents".into(), queue_depth: 4, threads: 1 }
+    }
+}
+
+/// Keys under `model`. A `preset` such as `SiT-XL/2` sets hidden_size, depth, num_heads,
+/// patch_size and encoder_depth, which explicit keys override.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ModelConfig {
+    /// A published size, or empty.
+    pub preset: String,
+    /// Width and height of the latents.
+    pub input_size: usize,
+    /// Channels of the latents.
+    pub in_channels: usize,
+    /// Width and height of a patch, in latent pixels.
+    pub patch_size: usize,
+    /// Width of the token stream.
+    pub hidden_size: usize,
+    /// Number of blocks.
+    pub depth: usize,
+    /// Attention heads.
+    pub num_heads: usize,
+    /// Width of the block's MLP over hidden_size.
+    pub mlp_ratio: f64,
+    /// Classes; the label `num_classes` is the null class.
+    pub num_classes: usize,
+    /// Whether queries and keys are normalised.
+    pub qk_norm: bool,
+}
+
+impl Default for ModelConfig {
+    fn default() -> Self {
+        Self {
+            preset: String::new(),
+            input_size: 32,
+            in_channels: 4,
+            patch_size: 2,
+            hidden_size: 384,
+            depth: 12,
+            num_heads: 6,
+            mlp_ratio: 4.0,
+            num_classes: 1000,
+            qk_norm: false,
+        }
+    }
+}
+
+/// Keys under `alignment`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AlignmentConfig {
+    /// Weight of the alignment loss; 0 trains plain SiT.
+    pub coefficient: f64,
+    /// Hidden tokens are taken after this many blocks.
+    pub encoder_depth: usize,
+    /// Width of the projector's hidden layers.
+    pub projector_dim: usize,
+    /// Feature width of each encoder.
+    pub z_dims: Vec<usize>,
+    /// What to do where the encoders' token grid differs from the model's: `none` (an error) or
+    /// `bilinear`.
+    pub resample: Resample,
+}
+
+/// How targets come to the model's token grid.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Resample {
+    /// They have to be on it.
+    None,
+    /// By bilinear interpolation.
+    Bilinear,
+}
+
+impl Default for AlignmentConfig {
+    fn default() -> Self {
+        Self {
+            coefficient: 0.5,
+            encoder_depth: 4,
+            projector_dim: 2048,
+            z_dims: vec![768],
+            resample: Resample::None,
+        }
+    }
+}
+
+/// Keys under `objective`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ObjectiveConfig {
+    /// The interpolant: `linear` or `cosine`.
+    pub path: Path,
+    /// The distribution of t: `uniform`, `lognormal` or `logit_normal`.
+    pub weighting: WeightingName,
+    /// Mean of the normal behind `logit_normal`.
+    pub logit_mean: f64,
+    /// Standard deviation of the normal behind `logit_normal`.
+    pub logit_std: f64,
+    /// Resolution shift of `logit_normal`; 1 is none.
+    pub logit_shift: f64,
+    /// Probability that a label becomes the null class.
+    pub label_drop: f32,
+}
+
+/// Names of the distributions of t.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightingName {
+    /// t uniform in [0, 1].
+    Uniform,
+    /// log-normal sigma.
+    Lognormal,
+    /// The logistic function of a normal.
+    LogitNormal,
+}
+
+impl Default for ObjectiveConfig {
+    fn default() -> Self {
+        Self {
+            path: Path::Linear,
+            weighting: WeightingName::Uniform,
+            logit_mean: 0.0,
+            logit_std: 1.0,
+            logit_shift: 1.0,
+            label_drop: 0.1,
+        }
+    }
+}
+
+impl ObjectiveConfig {
+    /// The distribution of t with its numbers.
+    pub fn weighting(&self) -> Weighting {
+        match self.weighting {
+            WeightingName::Uniform => Weighting::Uniform,
+            WeightingName::Lognormal => Weighting::Lognormal,
+            WeightingName::LogitNormal => {
+                Weighting::LogitNormal { mean: self.logit_mean, std: self.logit_std, shift: self.logit_shift }
+            }
+        }
+    }
+}
+
+/// Keys under `train`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainConfig {
+    /// Optimizer steps of the whole run.
+    pub steps: u64,
+    /// Samples of a step, over all ranks.
+    pub global_batch: usize,
+    /// Most samples that a rank puts through the model at once; 0 is its whole share. Smaller
+    /// values accumulate gradients and change nothing else.
+    pub micro_batch: usize,
+    /// Decides initial weights, data order and every random draw.
+    pub seed: u64,
+    /// Type of matrix products: `f32`, `bf16` or `f16`.
+    pub precision: Precision,
+    /// Threads of a rank on the CPU; 0 divides the cores that the rank may use.
+    pub threads: usize,
+    /// Non-finite steps in a row after which the run stops.
+    pub max_skipped_steps: u64,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            steps: 400_000,
+            global_batch: 256,
+            micro_batch: 0,
+            seed: 0,
+            precision: Precision::F32,
+            threads: 0,
+            max_skipped_steps: 10,
+        }
+    }
+}
+
+/// Keys under `optimizer`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct OptimizerConfig {
+    /// Learning rate, constant after the warm-up.
+    pub learning_rate: f64,
+    /// Steps over which the learning rate rises linearly from 0.
+    pub warmup_steps: u64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub epsilon: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Gradients are scaled down to this global norm.
+    pub max_grad_norm: f64,
+    /// Decay of the weights' moving average.
+    pub ema_decay: f64,
+}
+
+impl Default for OptimizerConfig {
+    fn default() -> Self {
+        Self {
+            learning_rate: 1e-4,
+            warmup_steps: 0,
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            weight_decay: 0.0,
+            max_grad_norm: 1.0,
+            ema_decay: 0.9999,
+        }
+    }
+}
+
+/// Keys under `checkpoint`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CheckpointConfig {
+    /// Steps between checkpoints; 0 saves at the end only.
+    pub every: u64,
+    /// How many are kept.
+    pub keep: usize,
+}
+
+impl Default for CheckpointConfig {
+    fn default() -> Self {
+        Self { every: 50_000, keep: 2 }
+    }
+}
+
+/// Keys under `telemetry`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TelemetryConfig {
+    /// Whether each rank serves Prometheus metrics.
+    pub metrics: bool,
+    /// Address that the metrics listen on.
+    pub bind: std::net::IpAddr,
+    /// Port of local rank 0; others count on from it.
+    pub port: u16,
+    /// How rank 0 shows progress.
+    pub progress: Progress,
+}
+
+/// How rank 0 shows progress.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Progress {
+    /// A bar where a person watches, lines elsewhere.
+    Auto,
+    /// A bar.
+    Bar,
+    /// A line every few seconds.
+    Lines,
+    /// Nothing.
+    Off,
+}
+
+impl Default for TelemetryConfig {
+    fn default() -> Self {
+        Self {
+            metrics: true,
+            bind: std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST),
+            port: 9400,
+            progress: Progress::Auto,
+        }
+    }
+}
+
+/// Keys under `sample`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SampleConfig {
+    /// Samples that go through the model at once.
+    pub batch: usize,
+    /// Seed of the samples.
+    pub seed: u64,
+    /// Weight file of the autoencoder that decodes; empty takes the one that the store names.
+    pub autoencoder: PathBuf,
+    /// Solver and guidance.
+    pub solver: SamplerConfig,
+}
+
+impl Default for SampleConfig {
+    fn default() -> Self {
+        Self { batch: 64, seed: 0, autoencoder: PathBuf::new(), solver: SamplerConfig::default() }
+    }
+}
+
+impl Config {
+    /// The model with its projectors.
+    pub fn sit(&self) -> SitConfig {
+        let (model, alignment) = (&self.model, &self.alignment);
+        SitConfig {
+            input_size: model.input_size,
+            patch_size: model.patch_size,
+            in_channels: model.in_channels,
+            hidden_size: model.hidden_size,
+            depth: model.depth,
+            num_heads: model.num_heads,
+            mlp_ratio: model.mlp_ratio,
+            num_classes: model.num_classes,
+            encoder_depth: alignment.encoder_depth,
+            projector_dim: alignment.projector_dim,
+            z_dims: alignment.z_dims.clone(),
+            qk_norm: model.qk_norm,
+        }
+    }
+}

@@ -1,0 +1,190 @@
+//! What a step leaves behind.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use metrics::{counter, gauge, histogram};
+use serde::{Deserialize, Serialize};
+
+use super::names;
+
+/// One line of `metrics.jsonl`. Losses are means over the global batch; times are rank 0's, in
+/// seconds. Numbers carry 9 significant digits.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StepRecord {
+    /// Optimizer steps done, this one included.
+    pub step: u64,
+    /// denoising_loss + coefficient x alignment_loss.
+    pub loss: f64,
+    /// Mean squared error of the velocity.
+    pub denoising_loss: f64,
+    /// Negative mean cosine similarity with the encoders' tokens.
+    pub alignment_loss: f64,
+    /// Global gradient norm before clipping.
+    pub grad_norm: f64,
+    /// Whether the step was left out because that norm was not finite.
+    pub skipped: bool,
+    /// Learning rate.
+    pub learning_rate: f64,
+    /// Global batch over the step's duration.
+    pub images_per_second: f64,
+    /// Duration of the step.
+    pub step_seconds: f64,
+    /// Of which waiting for data.
+    pub data_wait_seconds: f64,
+    /// Of which forward and backward.
+    pub compute_seconds: f64,
+    /// Of which collectives.
+    pub communication_seconds: f64,
+    /// Of which clipping, AdamW and EMA.
+    pub optimizer_seconds: f64,
+}
+
+impl StepRecord {
+    /// Rounds every number to 9 significant digits, which is what is written.
+    #[must_use]
+    pub fn rounded(mut self) -> Self {
+        for x in [
+            &mut self.loss,
+            &mut self.denoising_loss,
+            &mut self.alignment_loss,
+            &mut self.grad_norm,
+            &mut self.images_per_second,
+            &mut self.step_seconds,
+            &mut self.data_wait_seconds,
+            &mut self.compute_seconds,
+            &mut self.communication_seconds,
+            &mut self.optimizer_seconds,
+        ] {
+            *x = significant(*x);
+        }
+        self
+    }
+
+    /// Updates the metrics of this rank, which trained on `images` of the step's images.
+    pub fn publish(&self, images: u64) {
+        gauge!(names::LOSS).set(self.loss);
+        gauge!(names::DENOISING_LOSS).set(self.denoising_loss);
+        gauge!(names::ALIGNMENT_LOSS).set(self.alignment_loss);
+        gauge!(names::GRADIENT_NORM).set(self.grad_norm);
+        gauge!(names::LEARNING_RATE).set(self.learning_rate);
+        gauge!(names::STEP).set(self.step as f64);
+        gauge!(names::IMAGES_PER_SECOND).set(self.images_per_second);
+        counter!(names::STEPS).increment(1);
+        counter!(names::IMAGES).increment(images);
+        counter!(names::SKIPPED_STEPS).increment(u64::from(self.skipped));
+        histogram!(names::STEP_SECONDS).record(self.step_seconds);
+        histogram!(names::DATA_WAIT_SECONDS).record(self.data_wait_seconds);
+        histogram!(names::COMPUTE_SECONDS).record(self.compute_seconds);
+        histogram!(names::COMMUNICATION_SECONDS).record(self.communication_seconds);
+        histogram!(names::OPTIMIZER_SECONDS).record(self.optimizer_seconds);
+    }
+}
+
+fn significant(x: f64) -> f64 {
+    format!("{x:.8e}").parse().unwrap_or(x)
+}
+
+/// The run's `metrics.jsonl`: one JSON object a step, each written at once, so that a killed run
+/// leaves whole lines but for the last.
+#[derive(Debug)]
+pub struct RunLog {
+    file: File,
+}
+
+impl RunLog {
+    /// Opens the log for a run that goes on after `step`: lines of later steps, and a line that a
+    /// kill cut short, are dropped.
+    ///
+    /// # Errors
+    /// The file cannot be read or written.
+    pub fn open(path: &Path, step: u64) -> io::Result<Self> {
+        let kept: String = read_log(path)?
+            .into_iter()
+            .filter(|r| r.step <= step)
+            .map(|r| serde_json::to_string(&r).expect("a record serialises") + "\n")
+            .collect();
+        let part = path.with_extension("jsonl.part");
+        std::fs::write(&part, kept)?;
+        std::fs::rename(&part, path)?;
+        Ok(Self { file: OpenOptions::new().append(true).open(path)? })
+    }
+
+    /// Appends a step.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn write(&mut self, record: &StepRecord) -> io::Result<()> {
+        let mut line = serde_json::to_string(record).expect("a record serialises");
+        line.push('\n');
+        self.file.write_all(line.as_bytes())
+    }
+}
+
+/// The steps that a `metrics.jsonl` holds; none where there is no file. Incomplete lines are left
+/// out.
+///
+/// # Errors
+/// The file cannot be read.
+pub fn read_log(path: &Path) -> io::Result<Vec<StepRecord>> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(e) => Err(e),
+    }
+}
+
+/// Where a run keeps its log.
+pub fn log_path(run: &Path) -> PathBuf {
+    run.join("metrics.jsonl")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(step: u64) -> StepRecord {
+        StepRecord {
+            step,
+            loss: 1.234_567_891_23,
+            denoising_loss: 1.0 / 3.0,
+            alignment_loss: -0.1,
+            grad_norm: 2e-7 / 3.0,
+            skipped: false,
+            learning_rate: 1e-4,
+            images_per_second: 100.0,
+            step_seconds: 0.1,
+            data_wait_seconds: 0.0,
+            compute_seconds: 0.08,
+            communication_seconds: 0.01,
+            optimizer_seconds: 0.01,
+        }
+        .rounded()
+    }
+
+    #[test]
+    fn numbers_keep_nine_significant_digits() {
+        let record = record(1);
+        assert_eq!(record.loss, 1.234_567_89);
+        assert_eq!(record.denoising_loss, 0.333_333_333);
+        assert_eq!(record.grad_norm, 6.666_666_67e-8);
+    }
+
+    #[test]
+    fn a_resumed_log_has_every_step_once() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = log_path(folder.path());
+        let mut log = RunLog::open(&path, 0).expect("new");
+        for step in 1..=5 {
+            log.write(&record(step)).expect("written");
+        }
+        // A kill in the middle of a line.
+        log.file.write_all(b"{\"step\":6,\"lo").expect("written");
+        let mut log = RunLog::open(&path, 3).expect("reopened");
+        log.write(&record(4)).expect("written");
+        let steps: Vec<u64> = read_log(&path).expect("readable").iter().map(|r| r.step).collect();
+        assert_eq!(steps, [1, 2, 3, 4]);
+        assert_eq!(std::fs::read_to_string(&path).expect("text").lines().count(), 4);
+    }
+}

@@ -1,0 +1,159 @@
+//! The forward and backward pass of a rank's share of a batch.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use burn::tensor::{Int, Tensor, TensorData};
+
+use super::inputs::Inputs;
+use crate::Device;
+use crate::config::{Config, ObjectiveConfig};
+use crate::data::loader::Batch;
+use crate::data::store::Index;
+use crate::model::{Precision, Sit, SitConfig};
+use crate::objective::{alignment_loss, denoising_loss, interpolate, resample_tokens};
+use crate::params::{Layout, Params};
+
+/// Losses of a rank's samples, added up.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct LossSums {
+    /// Mean squared errors of the velocity.
+    pub denoising: f64,
+    /// Negative cosine similarities with the encoders' tokens, each a mean over tokens and encoders.
+    pub alignment: f64,
+}
+
+/// Computes gradients on one device.
+#[derive(Debug)]
+pub struct Compute {
+    device: Device,
+    layout: Arc<Layout>,
+    index: Index,
+    sit: SitConfig,
+    objective: ObjectiveConfig,
+    precision: Precision,
+    coefficient: f64,
+    global_batch: usize,
+    micro_batch: usize,
+    scratch: Vec<f32>,
+}
+
+impl Compute {
+    /// For the model and losses of `config`, on `device`, from a store with this index.
+    pub fn new(config: &Config, layout: &Arc<Layout>, index: &Index, device: &Device) -> Self {
+        Self {
+            device: device.clone().autodiff(),
+            layout: layout.clone(),
+            index: index.clone(),
+            sit: config.sit(),
+            objective: config.objective.clone(),
+            precision: config.train.precision,
+            coefficient: config.alignment.coefficient,
+            global_batch: config.train.global_batch,
+            micro_batch: config.train.micro_batch,
+            scratch: Vec::new(),
+        }
+    }
+
+    /// Writes into `gradients` this rank's part of the gradient of `loss_scale` x the mean loss over
+    /// the *global* batch, so that the sum over ranks is that gradient, however the batch is cut into
+    /// ranks and micro-batches. `weights` and `gradients` are flat arrays in layout order.
+    pub fn gradients(
+        &mut self,
+        weights: &[f32],
+        batch: &Batch,
+        loss_scale: f32,
+        gradients: &mut [f32],
+    ) -> LossSums {
+        let mut sums = LossSums::default();
+        let samples = batch.len();
+        if samples == 0 {
+            gradients.fill(0.0);
+            return sums;
+        }
+        let inputs = Inputs::new(batch, &self.index, &self.objective);
+        let params = Params::from_flat(&self.layout, weights, &self.device);
+        let most = if self.micro_batch == 0 { samples } else { self.micro_batch };
+        let mut scratch = std::mem::take(&mut self.scratch);
+        for start in (0..samples).step_by(most) {
+            let part = start..(start + most).min(samples);
+            if start == 0 {
+                self.part(&params, batch, &inputs, part, loss_scale, &mut sums, gradients);
+            } else {
+                scratch.resize(gradients.len(), 0.0);
+                self.part(&params, batch, &inputs, part, loss_scale, &mut sums, &mut scratch);
+                gradients.iter_mut().zip(&scratch).for_each(|(sum, g)| *sum += g);
+            }
+        }
+        self.scratch = scratch;
+        sums
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "one call site, and a struct would only rename them")]
+    fn part(
+        &self,
+        params: &Params,
+        batch: &Batch,
+        inputs: &Inputs,
+        samples: Range<usize>,
+        loss_scale: f32,
+        sums: &mut LossSums,
+        gradients: &mut [f32],
+    ) {
+        let count = samples.len();
+        let (size, channels) = (self.sit.input_size, self.sit.in_channels);
+        let each = channels * size * size;
+        let images = |values: &[f32]| {
+            let part = values[samples.start * each..samples.end * each].to_vec();
+            Tensor::<4>::from_data(TensorData::new(part, [count, channels, size, size]), &self.device)
+        };
+        let times = TensorData::new(inputs.times[samples.clone()].to_vec(), [count]);
+        let t = Tensor::<1>::from_data(times, &self.device);
+        let labels: Vec<i64> = batch.labels[samples.clone()].iter().map(|&label| i64::from(label)).collect();
+        let labels = Tensor::<1, Int>::from_data(TensorData::new(labels, [count]), &self.device);
+
+        let (x_t, target) =
+            interpolate(self.objective.path, images(&inputs.latents), images(&batch.noise), t.clone());
+        let output = Sit::bind_mixed(&self.sit, params, self.precision).forward(x_t, t, labels);
+        let denoising = denoising_loss(output.velocity, target);
+        sums.denoising += sum(denoising.clone());
+        let mut total = denoising.sum();
+        if self.aligns() {
+            let alignment = alignment_loss(output.projected, &self.features(batch, samples));
+            sums.alignment += sum(alignment.clone());
+            total = total + alignment.sum() * self.coefficient;
+        }
+        let loss = total * (f64::from(loss_scale) / self.global_batch as f64);
+        params.gradients(&loss.backward(), gradients);
+    }
+
+    /// Whether there is an alignment loss.
+    fn aligns(&self) -> bool {
+        !self.sit.z_dims.is_empty()
+    }
+
+    /// Each encoder's features of some samples on the model's token grid, [B, tokens, dim].
+    fn features(&self, batch: &Batch, samples: Range<usize>) -> Vec<Tensor<3>> {
+        let encoders = &self.index.contents.encoders;
+        encoders
+            .iter()
+            .zip(&batch.features)
+            .map(|(encoder, values)| {
+                let each = encoder.tokens * encoder.dim;
+                let part: Vec<f32> =
+                    values[samples.start * each..samples.end * each].iter().map(|v| v.to_f32()).collect();
+                let shape = [samples.len(), encoder.tokens, encoder.dim];
+                resample_tokens(
+                    Tensor::from_data(TensorData::new(part, shape), &self.device),
+                    self.sit.tokens(),
+                )
+            })
+            .collect()
+    }
+}
+
+/// The sum of a vector, in order, in float64.
+fn sum(values: Tensor<1>) -> f64 {
+    let data = values.into_data().convert::<f32>();
+    data.as_slice::<f32>().expect("converted to f32 above").iter().map(|&v| f64::from(v)).sum()
+}

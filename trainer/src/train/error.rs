@@ -1,0 +1,97 @@
+//! What ends a run.
+
+use std::path::PathBuf;
+
+use crate::checkpoint::CheckpointError;
+use crate::config::ConfigError;
+use crate::data::loader::LoaderError;
+use crate::data::store::StoreError;
+use crate::exit::Kind;
+use crate::telemetry::exporter::ExporterError;
+
+/// What ends a run on this rank.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TrainError {
+    /// The configuration cannot work here.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The latent store cannot be used.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A batch cannot be read.
+    #[error(transparent)]
+    Loader(#[from] LoaderError),
+    /// A checkpoint cannot be read or written.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The metrics endpoint did not start.
+    #[error(transparent)]
+    Exporter(#[from] ExporterError),
+    /// Ranks cannot talk.
+    #[error(transparent)]
+    Comm(#[from] repa_comm::CommError),
+    /// The run folder cannot be used.
+    #[error("cannot {problem} the run folder {path}: {source}; free it, or choose another with run.dir=PATH")]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// What was tried.
+        problem: &'static str,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// Another run has the folder.
+    #[error("the run folder {path} is in use by {holder}: wait for it, or choose another with run.dir=PATH")]
+    InUse {
+        /// The folder.
+        path: PathBuf,
+        /// Who has it.
+        holder: String,
+    },
+    /// The folder holds a run that this configuration does not continue.
+    #[error(
+        "the run folder {path} holds a run with other settings ({differing}): \
+         take them over, or choose another folder with run.dir=PATH"
+    )]
+    OtherRun {
+        /// The folder.
+        path: PathBuf,
+        /// Keys and both values.
+        differing: String,
+    },
+    /// The gradient was not finite too often in a row.
+    #[error(
+        "the gradient was not finite in {count} steps in a row; the first was step {step}, samples {first_sample} \
+         and up, first seen on rank {rank}. Lower optimizer.learning_rate, or look at those samples"
+    )]
+    NotFinite {
+        /// How many steps.
+        count: u64,
+        /// The first of them.
+        step: u64,
+        /// Its first sample.
+        first_sample: u64,
+        /// The lowest rank whose own gradient was not finite.
+        rank: usize,
+    },
+    /// Signal handlers or threads could not be set up.
+    #[error("cannot set up {what}: {problem}")]
+    Setup {
+        /// What.
+        what: &'static str,
+        /// Why not.
+        problem: String,
+    },
+}
+
+impl TrainError {
+    /// What kind of error it is, for the exit code.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Config(_) | Self::Folder { .. } | Self::InUse { .. } | Self::OtherRun { .. } => Kind::Usage,
+            Self::Store(_) | Self::Loader(_) | Self::Checkpoint(_) => Kind::Data,
+            Self::Exporter(_) | Self::Comm(_) | Self::NotFinite { .. } | Self::Setup { .. } => Kind::Runtime,
+        }
+    }
+}

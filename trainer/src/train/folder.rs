@@ -1,0 +1,84 @@
+//! The run folder: who may write to it, and what it holds.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, Write};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+
+use super::TrainError;
+
+/// A run folder that this process may write to. The lock goes with the value.
+#[derive(Debug)]
+pub struct RunFolder {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl RunFolder {
+    /// Makes the folder where it is missing, and locks it.
+    ///
+    /// # Errors
+    /// Another run uses the folder, or it cannot be written.
+    pub fn claim(path: &Path, host: &str) -> Result<Self, TrainError> {
+        let io = |problem| move |source| TrainError::Folder { path: path.to_owned(), problem, source };
+        std::fs::create_dir_all(path).map_err(io("make"))?;
+        let lock_path = path.join("lock");
+        let mut lock = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .read(true)
+            .write(true)
+            .open(&lock_path)
+            .map_err(io("write to"))?;
+        if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+            let mut holder = String::new();
+            // The holder's name is a courtesy; the lock itself has spoken.
+            let _ = lock.read_to_string(&mut holder);
+            return Err(TrainError::InUse { path: path.to_owned(), holder: holder.trim().to_owned() });
+        }
+        let name = format!("process {} on {host}\n", std::process::id());
+        lock.set_len(0)
+            .and_then(|()| lock.rewind())
+            .and_then(|()| lock.write_all(name.as_bytes()))
+            .map_err(io("write to"))?;
+        Ok(Self { path: path.to_owned(), _lock: lock })
+    }
+
+    /// Writes a small file; readers see the old one or the new one.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn write(&self, name: &str, text: &str) -> Result<(), TrainError> {
+        let io = |source| TrainError::Folder { path: self.path.clone(), problem: "write to", source };
+        let part = self.path.join(format!("{name}.part"));
+        std::fs::write(&part, text).map_err(io)?;
+        std::fs::rename(&part, self.path.join(name)).map_err(io)
+    }
+}
+
+/// Folder of a run's checkpoints.
+pub fn checkpoints(run: &Path) -> PathBuf {
+    run.join("checkpoints")
+}
+
+/// Prometheus' target file of a run.
+pub fn targets(run: &Path) -> PathBuf {
+    run.join("prometheus-targets.json")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_has_one_owner_at_a_time() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("deep/run");
+        let first = RunFolder::claim(&path, "here").expect("free");
+        let second = RunFolder::claim(&path, "here").expect_err("taken").to_string();
+        assert!(second.contains("in use") && second.contains("process"), "{second}");
+        drop(first);
+        RunFolder::claim(&path, "here").expect("free again");
+    }
+}

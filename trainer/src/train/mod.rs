@@ -1,0 +1,176 @@
+//! The training loop: what every rank does, step by step.
+
+mod compute;
+mod error;
+mod folder;
+mod inputs;
+mod saving;
+mod session;
+mod state;
+mod stop;
+
+use std::time::Instant;
+
+use repa_comm::{Communicator, Failure, ReduceOp, RemoteError, all_or_first_error};
+
+pub use compute::{Compute, LossSums};
+pub use error::TrainError;
+pub use folder::{RunFolder, checkpoints, targets};
+pub use inputs::Inputs;
+pub use session::{device, use_threads};
+pub use state::State;
+pub use stop::StopRequest;
+
+use crate::config::{Config, Loaded};
+use crate::exit::Outcome;
+use crate::optim::global_norm;
+use crate::telemetry::record::StepRecord;
+use session::Session;
+use state::Step;
+
+/// Trains to `train.steps`, or until a stop is asked for. Called by all ranks.
+///
+/// # Errors
+/// The first error of the lowest failing rank, the same on all ranks.
+pub fn train(
+    loaded: &Loaded,
+    comm: &dyn Communicator,
+    stop: &mut StopRequest,
+) -> Result<Outcome, RemoteError> {
+    let config = &loaded.config;
+    let mut session = begin(loaded, comm, stop)?;
+    let outcome = loop {
+        if session.state.step >= config.train.steps {
+            break Outcome::Done;
+        }
+        let stopping = match session.step(config, comm, stop) {
+            Ok(stopping) => stopping,
+            // All ranks see the same gradient, so all come here together.
+            Err(error @ TrainError::NotFinite { .. }) => return agree(comm, Err(error)),
+            // The others wait in a collective that this rank will never reach.
+            Err(error) => repa_comm::abort(i32::from(error.kind().code()), &error.to_string()),
+        };
+        let step = session.state.step;
+        let due = config.checkpoint.every > 0 && step.is_multiple_of(config.checkpoint.every);
+        if due || stopping || step == config.train.steps {
+            saving::save(&session, loaded, comm)?;
+        }
+        if stopping && step < config.train.steps {
+            break Outcome::Stopped;
+        }
+    };
+    agree(comm, session.close(config))?;
+    Ok(outcome)
+}
+
+/// Everything up to the first step. What can fail on one rank alone is agreed on before the next
+/// part, so that no rank waits for one that has given up.
+fn begin(loaded: &Loaded, comm: &dyn Communicator, stop: &mut StopRequest) -> Result<Session, RemoteError> {
+    let config = &loaded.config;
+    let local = || -> Result<_, TrainError> {
+        let device = session::open_device(config, comm)?;
+        Ok((device, session::open_store(config)?))
+    };
+    let (device, store) = agree(comm, local())?;
+    saving::same_settings(loaded, comm)?;
+    let claimed = if comm.rank() == 0 { saving::claim(loaded, comm, stop).map(Some) } else { Ok(None) };
+    let claimed = agree(comm, claimed)?;
+    let (folder, found) = claimed.map_or((None, None), |(folder, found)| (Some(folder), found));
+    let state = saving::restore(config, comm, found)?;
+    let session = agree(comm, Session::open(config, comm, &store, &device, state, folder))?;
+    agree(comm, session.announce(config, comm))?;
+    Ok(session)
+}
+
+/// All ranks go on, or all end with the first error.
+fn agree<T>(comm: &dyn Communicator, local: Result<T, TrainError>) -> Result<T, RemoteError> {
+    let local = local.map_err(|e| Failure { message: e.to_string(), code: i32::from(e.kind().code()) });
+    all_or_first_error(comm, local)
+}
+
+impl Session {
+    /// One optimizer step. Returns whether any rank was asked to stop.
+    fn step(
+        &mut self,
+        config: &Config,
+        comm: &dyn Communicator,
+        stop: &StopRequest,
+    ) -> Result<bool, TrainError> {
+        let started = Instant::now();
+        let (batch, data_wait) = self.loader.next()?;
+
+        let computing = Instant::now();
+        let scale = self.state.loss_scale(config);
+        let losses = self.compute.gradients(&self.state.params, &batch, scale, &mut self.gradients);
+        let compute = computing.elapsed();
+
+        let talking = Instant::now();
+        let own_norm = global_norm(&self.gradients);
+        comm.all_reduce_f32(&mut self.gradients)?;
+        let asked = f64::from(u8::from(stop.requested()));
+        let mut control = [losses.denoising, losses.alignment, asked];
+        comm.all_reduce_f64(&mut control, ReduceOp::Sum)?;
+        let communication = talking.elapsed();
+
+        let optimizing = Instant::now();
+        let norm = global_norm(&self.gradients) / f64::from(scale);
+        let learning_rate = self.state.learning_rate(config);
+        let step = self.state.advance(config, &self.gradients, norm);
+        self.count_skips(config, comm, step, own_norm)?;
+        let optimizer = optimizing.elapsed();
+
+        let samples = config.train.global_batch as f64;
+        let [denoising, alignment, asked] = control;
+        let (denoising, alignment) = (denoising / samples, alignment / samples);
+        let seconds = started.elapsed().as_secs_f64();
+        let record = StepRecord {
+            step: self.state.step,
+            loss: denoising + config.alignment.coefficient * alignment,
+            denoising_loss: denoising,
+            alignment_loss: alignment,
+            grad_norm: norm,
+            skipped: step != Step::Taken,
+            learning_rate,
+            images_per_second: samples / seconds,
+            step_seconds: seconds,
+            data_wait_seconds: data_wait.as_secs_f64(),
+            compute_seconds: compute.as_secs_f64(),
+            communication_seconds: communication.as_secs_f64(),
+            optimizer_seconds: optimizer.as_secs_f64(),
+        };
+        self.tell(&record.rounded(), batch.len(), config)?;
+        self.loader.recycle(batch);
+        Ok(asked > 0.0)
+    }
+
+    /// Ends the run after too many steps in a row whose gradient was not finite for no good reason.
+    fn count_skips(
+        &mut self,
+        config: &Config,
+        comm: &dyn Communicator,
+        step: Step,
+        own_norm: f64,
+    ) -> Result<(), TrainError> {
+        if step != Step::NotFinite {
+            self.skipped_in_a_row = 0;
+            return Ok(());
+        }
+        if self.skipped_in_a_row == 0 {
+            let mine = if own_norm.is_finite() { comm.size() } else { comm.rank() };
+            let mut lowest = [mine as i64];
+            comm.all_reduce_i64(&mut lowest, ReduceOp::Min)?;
+            self.first_skipped = (self.state.step, lowest[0] as usize);
+        }
+        self.skipped_in_a_row += 1;
+        if self.skipped_in_a_row < config.train.max_skipped_steps {
+            return Ok(());
+        }
+        let (step, rank) = self.first_skipped;
+        Err(TrainError::NotFinite {
+            count: self.skipped_in_a_row,
+            step,
+            first_sample: (step - 1) * config.train.global_batch as u64,
+            rank,
+        })
+    }
+}

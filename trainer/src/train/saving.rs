@@ -1,0 +1,183 @@
+//! Checkpoints of a run: which one it goes on from, and how all ranks save one together.
+
+use std::time::Instant;
+
+use metrics::{counter, histogram};
+use repa_comm::{Communicator, RemoteError};
+
+use super::folder::{RunFolder, checkpoints};
+use super::session::Session;
+use super::{State, StopRequest, TrainError, agree};
+use crate::checkpoint::{self, Array, Arrays, Checkpoint, CheckpointError, Progress, ShardRecord};
+use crate::config::{Config, ConfigError, Loaded, Resume};
+use crate::telemetry::names;
+
+/// Sections of the configuration that decide the weights and the data order: a run goes on only with
+/// the same.
+const DECISIVE: [&str; 5] = ["model.", "alignment.", "objective.", "train.seed", "train.global_batch"];
+
+/// Checks that all ranks have the same settings: they read their files and environments themselves.
+pub(super) fn same_settings(loaded: &Loaded, comm: &dyn Communicator) -> Result<(), RemoteError> {
+    let mine: Vec<String> =
+        loaded.entries().into_iter().map(|(key, value, _)| format!("{key} = {value}")).collect();
+    let gathered = comm.all_gather_bytes(mine.join("\n").as_bytes()).map_err(TrainError::from);
+    let local = gathered.and_then(|all| {
+        let first = String::from_utf8_lossy(&all[0]).into_owned();
+        let differing = first.lines().zip(&mine).find(|(theirs, mine)| theirs != mine);
+        match differing {
+            None => Ok(()),
+            Some((theirs, mine)) => {
+                let (key, value) = mine.split_once(" = ").unwrap_or((mine, ""));
+                let problem =
+                    format!("rank 0 has {theirs}; give all ranks the same file, environment and arguments");
+                Err(ConfigError::value(key, value, problem).into())
+            }
+        }
+    });
+    agree(comm, local)
+}
+
+/// Rank 0 takes the run folder, and finds the checkpoint to go on from.
+pub(super) fn claim(
+    loaded: &Loaded,
+    comm: &dyn Communicator,
+    stop: &mut StopRequest,
+) -> Result<(RunFolder, Option<Checkpoint>), TrainError> {
+    let config = &loaded.config;
+    let folder = RunFolder::claim(&config.run.dir, comm.host())?;
+    stop.watch(&config.run.dir).map_err(|source| TrainError::Folder {
+        path: config.run.dir.clone(),
+        problem: "write to",
+        source,
+    })?;
+    let (found, passed_over) = checkpoint::latest(&checkpoints(&config.run.dir))?;
+    for problem in passed_over {
+        eprintln!("repa-dist: passed over a checkpoint: {problem}");
+    }
+    if let Some(found) = &found {
+        if config.run.resume == Resume::Never {
+            return Err(ConfigError::value(
+                "run.resume",
+                "never",
+                format!(
+                    "{} holds checkpoints up to step {}: set run.resume=auto to go on from there, or choose another \
+                     folder with run.dir=PATH",
+                    config.run.dir.display(),
+                    found.progress().step
+                ),
+            )
+            .into());
+        }
+        same_run(config, found)?;
+    }
+    folder.write("config.toml", &super::session::config_text(loaded))?;
+    Ok((folder, found))
+}
+
+/// Refuses to go on with settings that would change what the run is.
+fn same_run(config: &Config, found: &Checkpoint) -> Result<(), TrainError> {
+    let now = serde_json::to_value(config).expect("the configuration serialises");
+    let mut differing = Vec::new();
+    compare("", &found.manifest().config, &now, &mut |key, then, now| {
+        if DECISIVE.iter().any(|part| key.starts_with(part)) {
+            differing.push(format!("{key} was {then} and is {now}"));
+        }
+    });
+    if differing.is_empty() {
+        return Ok(());
+    }
+    Err(TrainError::OtherRun { path: config.run.dir.clone(), differing: differing.join(", ") })
+}
+
+type Json = serde_json::Value;
+
+/// Calls `visit` for every key whose values differ.
+fn compare(prefix: &str, then: &Json, now: &Json, visit: &mut dyn FnMut(&str, &Json, &Json)) {
+    match (then, now) {
+        (Json::Object(a), Json::Object(b)) => {
+            for (key, now) in b {
+                let path = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+                compare(&path, a.get(key).unwrap_or(&Json::Null), now, visit);
+            }
+        }
+        _ if then != now => visit(prefix, then, now),
+        _ => {}
+    }
+}
+
+/// The state that all ranks begin with: the checkpoint that rank 0 has found, or a new one.
+pub(super) fn restore(
+    config: &Config,
+    comm: &dyn Communicator,
+    found: Option<Checkpoint>,
+) -> Result<State, RemoteError> {
+    let mut path = found.map_or_else(Vec::new, |c| c.dir().to_string_lossy().into_owned().into_bytes());
+    let broadcast = comm.broadcast_bytes(&mut path, 0).map_err(TrainError::from);
+    agree(comm, broadcast)?;
+    let layout = config.sit().layout();
+    let state = if path.is_empty() {
+        Ok(State::new(&layout, config.train.seed))
+    } else {
+        let path = String::from_utf8_lossy(&path).into_owned();
+        Checkpoint::open(path.as_ref()).and_then(|checkpoint| {
+            let progress = checkpoint.progress();
+            Ok(State {
+                step: progress.step,
+                updates: progress.updates,
+                scaler: progress.scaler,
+                params: checkpoint.read(&layout, Array::Model)?,
+                ema: checkpoint.read(&layout, Array::Ema)?,
+                exp_avg: checkpoint.read(&layout, Array::ExpAvg)?,
+                exp_avg_sq: checkpoint.read(&layout, Array::ExpAvgSq)?,
+            })
+        })
+    };
+    agree(comm, state.map_err(TrainError::from))
+}
+
+/// Saves a checkpoint of the session's state: every rank its part, then rank 0 the manifest.
+pub(super) fn save(session: &Session, loaded: &Loaded, comm: &dyn Communicator) -> Result<(), RemoteError> {
+    let started = Instant::now();
+    let config = &loaded.config;
+    let state = &session.state;
+    let folder = checkpoints(&config.run.dir);
+    let begun = if comm.rank() == 0 { checkpoint::begin(&folder, state.step).map(|_| ()) } else { Ok(()) };
+    agree(comm, begun.map_err(TrainError::from))?;
+
+    let arrays = Arrays {
+        model: &state.params,
+        ema: &state.ema,
+        exp_avg: &state.exp_avg,
+        exp_avg_sq: &state.exp_avg_sq,
+    };
+    let dir = checkpoint::growing(&folder, state.step);
+    let written = checkpoint::write_shard(&dir, &session.layout, &arrays, comm.rank(), comm.size());
+    let record = agree(comm, written.map_err(TrainError::from))?;
+    let bytes = record.bytes;
+    let report = serde_json::to_vec(&record).expect("a record serialises");
+    let gathered = comm.all_gather_bytes(&report).map_err(TrainError::from);
+    let reports = agree(comm, gathered)?;
+
+    let committed = if comm.rank() == 0 { finish(session, config, &reports) } else { Ok(()) };
+    agree(comm, committed.map_err(TrainError::from))?;
+    histogram!(names::CHECKPOINT_SECONDS).record(started.elapsed().as_secs_f64());
+    counter!(names::CHECKPOINT_BYTES).increment(bytes);
+    Ok(())
+}
+
+/// Rank 0's part of a save: commits, and removes what is too old.
+fn finish(session: &Session, config: &Config, reports: &[Vec<u8>]) -> Result<(), CheckpointError> {
+    let state = &session.state;
+    let folder = checkpoints(&config.run.dir);
+    let records: Vec<ShardRecord> =
+        reports.iter().map(|r| serde_json::from_slice(r).expect("another rank's record")).collect();
+    let progress = Progress {
+        step: state.step,
+        samples: state.step * config.train.global_batch as u64,
+        updates: state.updates,
+        scaler: state.scaler,
+    };
+    let config_json = serde_json::to_value(config).expect("the configuration serialises");
+    checkpoint::commit(&folder, &session.layout, progress, config_json, records)?;
+    checkpoint::prune(&folder, config.checkpoint.keep)
+}

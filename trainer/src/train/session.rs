@@ -1,0 +1,294 @@
+//! What a rank holds while it trains, how it comes by it, and how it is put away.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use repa_comm::Communicator;
+
+use super::folder::{self, RunFolder};
+use super::{Compute, State, TrainError};
+use crate::Device;
+use crate::config::{Config, ConfigError, Loaded, Resample};
+use crate::data::loader::{Loader, LoaderPlan};
+use crate::data::store::{Expected, LatentStore};
+use crate::params::Layout;
+use crate::telemetry::exporter::{self, Identity};
+use crate::telemetry::progress::Progress;
+use crate::telemetry::record::{RunLog, StepRecord, log_path};
+
+/// One rank's part of a run.
+pub(super) struct Session {
+    pub(super) layout: Arc<Layout>,
+    pub(super) state: State,
+    pub(super) compute: Compute,
+    pub(super) gradients: Vec<f32>,
+    pub(super) loader: Loader,
+    pub(super) skipped_in_a_row: u64,
+    /// Step and lowest rank at which the present row of skipped steps began.
+    pub(super) first_skipped: (u64, usize),
+    metrics: Option<SocketAddr>,
+    /// What only rank 0 has.
+    lead: Option<Lead>,
+}
+
+/// What rank 0 does for all.
+pub(super) struct Lead {
+    /// Held for its lock.
+    _folder: RunFolder,
+    log: RunLog,
+    progress: Progress,
+}
+
+impl Session {
+    /// Sets up a rank that begins with `state`. `folder` is rank 0's.
+    pub(super) fn open(
+        config: &Config,
+        comm: &dyn Communicator,
+        store: &Arc<LatentStore>,
+        device: &Device,
+        state: State,
+        folder: Option<RunFolder>,
+    ) -> Result<Self, TrainError> {
+        let layout = Arc::new(config.sit().layout());
+        let plan = LoaderPlan {
+            seed: config.train.seed,
+            start_sample: state.step * config.train.global_batch as u64,
+            global_batch: config.train.global_batch,
+            rank: comm.rank(),
+            world: comm.size(),
+            queue_depth: config.data.queue_depth,
+            threads: config.data.threads,
+            label_drop: config.objective.label_drop,
+            features: !config.alignment.z_dims.is_empty(),
+            ..LoaderPlan::default()
+        };
+        let metrics = match config.telemetry.metrics {
+            true => {
+                let identity = identity(config, comm);
+                Some(exporter::start(config.telemetry.bind, config.telemetry.port, &identity)?)
+            }
+            false => None,
+        };
+        let lead = folder
+            .map(|folder| {
+                let path = log_path(&config.run.dir);
+                let log = RunLog::open(&path, state.step).map_err(|source| TrainError::Folder {
+                    path,
+                    problem: "write to",
+                    source,
+                })?;
+                let progress = Progress::new(config.telemetry.progress, state.step, config.train.steps);
+                Ok::<_, TrainError>(Lead { _folder: folder, log, progress })
+            })
+            .transpose()?;
+        Ok(Self {
+            compute: Compute::new(config, &layout, store.index(), device),
+            gradients: vec![0.0; layout.trainable_len()],
+            loader: Loader::start(store.clone(), plan)?,
+            skipped_in_a_row: 0,
+            first_skipped: (0, 0),
+            layout,
+            state,
+            metrics,
+            lead,
+        })
+    }
+
+    /// Says what begins, and publishes where the metrics are. Called by all ranks.
+    pub(super) fn announce(&self, config: &Config, comm: &dyn Communicator) -> Result<(), TrainError> {
+        let mine = self.metrics.map_or_else(String::new, |address| address.to_string());
+        let addresses: Vec<String> = comm
+            .all_gather_bytes(mine.as_bytes())?
+            .iter()
+            .map(|bytes| String::from_utf8_lossy(bytes).into_owned())
+            .filter(|address| !address.is_empty())
+            .collect();
+        let Some(lead) = &self.lead else { return Ok(()) };
+        let targets = folder::targets(&config.run.dir);
+        lead.targets(config, &addresses)?;
+        let millions = self.layout.total_len() as f64 / 1e6;
+        let topology = comm.topology();
+        let plural = |n: usize, what: &str| if n == 1 { format!("1 {what}") } else { format!("{n} {what}s") };
+        let say = |text: String| lead.progress.line(&text);
+        say(format!(
+            "repa-dist {}: {millions:.2} M parameters, {} on {} ({}), {} each, {}",
+            env!("CARGO_PKG_VERSION"),
+            plural(topology.size, "rank"),
+            plural(topology.nodes, "host"),
+            comm.describe(),
+            plural(rayon::current_num_threads(), "thread"),
+            config.device.0,
+        ));
+        if let Some(first) = addresses.first() {
+            say(format!("metrics: http://{first}/metrics (rank 0); all ranks in {}", targets.display()));
+        }
+        match self.state.step {
+            0 => say(format!("run: {}, {} steps", config.run.dir.display(), config.train.steps)),
+            step => say(format!(
+                "run: {}, going on from step {step} to {}",
+                config.run.dir.display(),
+                config.train.steps
+            )),
+        }
+        Ok(())
+    }
+
+    /// Passes a step on to metrics, log and progress.
+    pub(super) fn tell(
+        &mut self,
+        record: &StepRecord,
+        images: usize,
+        run: &Config,
+    ) -> Result<(), TrainError> {
+        record.publish(images as u64);
+        let Some(lead) = &mut self.lead else { return Ok(()) };
+        lead.log.write(record).map_err(|source| TrainError::Folder {
+            path: run.run.dir.clone(),
+            problem: "write to",
+            source,
+        })?;
+        lead.progress.step(record);
+        Ok(())
+    }
+
+    /// Ends the rank's part: empties the target file and lets go of the folder.
+    pub(super) fn close(self, config: &Config) -> Result<(), TrainError> {
+        let Some(lead) = self.lead else { return Ok(()) };
+        lead.targets(config, &[])?;
+        lead.progress.finish();
+        Ok(())
+    }
+}
+
+impl Lead {
+    fn targets(&self, config: &Config, addresses: &[String]) -> Result<(), TrainError> {
+        let path = folder::targets(&config.run.dir);
+        exporter::write_targets(&path, addresses).map_err(|source| TrainError::Folder {
+            path,
+            problem: "write to",
+            source,
+        })
+    }
+}
+
+/// Opens the store of a configuration, and checks that it is what the model needs.
+pub(super) fn open_store(config: &Config) -> Result<Arc<LatentStore>, TrainError> {
+    let sit = config.sit();
+    let store = LatentStore::open(&config.data.dir)?;
+    let tokens = sit.tokens();
+    let mut on_grid = tokens;
+    if !sit.z_dims.is_empty()
+        && let Some(encoder) = store.index().contents.encoders.iter().find(|e| e.tokens != tokens)
+    {
+        match config.alignment.resample {
+            Resample::Bilinear if encoder.tokens.isqrt().pow(2) == encoder.tokens => on_grid = encoder.tokens,
+            _ => {
+                let problem = format!(
+                    "the model has a grid of {} tokens and the features of {} one of {}: change model.patch_size or \
+                     model.input_size, or set alignment.resample=bilinear (square grids only)",
+                    grid(tokens),
+                    encoder.id,
+                    grid(encoder.tokens)
+                );
+                return Err(ConfigError::value("alignment.resample", "none", problem).into());
+            }
+        }
+    }
+    store.expect(&Expected {
+        channels: sit.in_channels,
+        input_size: sit.input_size,
+        classes: sit.num_classes,
+        tokens: on_grid,
+        z_dims: sit.z_dims,
+    })?;
+    Ok(Arc::new(store))
+}
+
+/// A number of tokens as people see it: `8 x 8`.
+fn grid(tokens: usize) -> String {
+    match tokens.isqrt() {
+        side if side * side == tokens => format!("{side} x {side}"),
+        _ => tokens.to_string(),
+    }
+}
+
+/// The device of a rank. On the CPU, sets the number of threads as well.
+pub(super) fn open_device(config: &Config, comm: &dyn Communicator) -> Result<Device, TrainError> {
+    let threads = match config.train.threads {
+        0 => comm.topology().threads_per_rank(),
+        threads => threads,
+    };
+    use_threads(threads)?;
+    device(&config.device.0, comm.local_rank())
+}
+
+/// Sets the number of threads of this process, once.
+pub fn use_threads(threads: usize) -> Result<(), TrainError> {
+    // A second call comes from tests that train more than once in a process.
+    match rayon::ThreadPoolBuilder::new().num_threads(threads).build_global() {
+        Ok(()) => Ok(()),
+        Err(_) if rayon::current_num_threads() == threads => Ok(()),
+        Err(e) => Err(TrainError::Setup { what: "threads", problem: e.to_string() }),
+    }
+}
+
+/// A device by its configured name.
+///
+/// # Errors
+/// The name is not known, or this build or host has no such device.
+pub fn device(name: &str, local_rank: usize) -> Result<Device, TrainError> {
+    if name == "cpu" {
+        return Ok(Device::flex());
+    }
+    let index = crate::config::cuda_index(name).unwrap_or(local_rank);
+    cuda_device(name, index)
+}
+
+#[cfg(feature = "cuda")]
+fn cuda_device(name: &str, index: usize) -> Result<Device, TrainError> {
+    // SAFETY: looking for the driver library runs its initialisers, as burn would; burn itself panics
+    // where it is missing.
+    if unsafe { cudarc::driver::sys::is_culib_present() } {
+        Ok(Device::cuda(index))
+    } else {
+        Err(ConfigError::value(
+            "device",
+            name,
+            "this host has no NVIDIA driver (libcuda.so.1); use device=cpu",
+        )
+        .into())
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda_device(name: &str, _index: usize) -> Result<Device, TrainError> {
+    Err(ConfigError::value(
+        "device",
+        name,
+        "this binary was built without CUDA: build it with `cargo build --release --features cuda`, or use device=cpu",
+    )
+    .into())
+}
+
+fn identity(config: &Config, comm: &dyn Communicator) -> Identity {
+    let dir = &config.run.dir;
+    let run = dir.file_name().map_or_else(|| dir.display().to_string(), |n| n.to_string_lossy().into_owned());
+    let model = match config.model.preset.as_str() {
+        "" => format!("SiT {}x{}", config.model.depth, config.model.hidden_size),
+        preset => preset.to_owned(),
+    };
+    Identity {
+        rank: comm.rank(),
+        local_rank: comm.local_rank(),
+        world_size: comm.size(),
+        host: comm.host().to_owned(),
+        device: config.device.0.clone(),
+        run,
+        model,
+    }
+}
+
+/// The merged configuration as the run folder keeps it: TOML, with the origin of each value.
+pub(super) fn config_text(loaded: &Loaded) -> String {
+    loaded.entries().iter().map(|(key, value, origin)| format!("{key} = {value}  # {origin}\n")).collect()
+}
