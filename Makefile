@@ -1,0 +1,53 @@
+# Four doors: run, test, bench, lint. Build outputs live outside the checkout, so that a fresh clone
+# builds fast.
+export CARGO_TARGET_DIR ?= $(HOME)/.cache/repa-dist/target
+export PATH := $(HOME)/.cargo/bin:$(PATH)
+# OpenMPI refuses root unless told twice.
+ifeq ($(shell id -u),0)
+export OMPI_ALLOW_RUN_AS_ROOT = 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
+endif
+
+REPA = $(CARGO_TARGET_DIR)/release/repa-dist
+CARGO = cargo
+RANKS ?= 2
+# More ranks than cores is slow but works; OpenMPI wants to be told.
+MPIRUN = mpirun $(shell [ $$(nproc) -ge $(RANKS) ] || echo --oversubscribe) -n $(RANKS)
+
+.PHONY: help setup build run test bench lint check-cuda
+
+help:
+	@echo "make run    set up, build, make the quickstart data, train it on $(RANKS) MPI ranks, sample"
+	@echo "make test   set up, build and run all tests"
+	@echo "make bench  measure, and print what BENCHMARKS.md quotes"
+	@echo "make lint   rustfmt and clippy"
+
+setup:
+	@sh launcher/setup.sh
+
+build: setup
+	@echo "building into $(CARGO_TARGET_DIR) (some 10 minutes the first time on 2 cores)"
+	@$(CARGO) build --release --locked -p repa-dist
+
+run: build
+	@$(REPA) data quickstart
+	@$(MPIRUN) $(REPA)
+	@$(REPA) sample
+	@$(REPA) evaluate
+	@$(REPA) report
+
+test:
+	@sh launcher/setup.sh test
+	$(CARGO) build --release --locked -p repa-dist
+	$(CARGO) nextest run --release --locked --workspace
+
+bench: build
+	$(MPIRUN) $(REPA) bench all-reduce
+	$(REPA) bench data
+
+check-cuda: setup
+	$(CARGO) check --release --locked -p repa-dist --features cuda
+
+lint: setup
+	$(CARGO) fmt --check
+	$(CARGO) clippy --release --locked --workspace --all-targets -- -D warnings

@@ -1,0 +1,48 @@
+#!/bin/sh
+# Installs what building and running repa-dist needs on Debian or Ubuntu: OpenMPI, libclang (for the
+# MPI bindings), a C compiler, and Rust by rustup where cargo is missing. Does nothing where all is
+# there. `setup.sh test` adds what the tests need.
+set -eu
+
+say() { printf 'setup: %s\n' "$*"; }
+fail() { printf 'setup: %s\n' "$*" >&2; exit 2; }
+
+packages=
+need() { packages="$packages $1"; }
+
+command -v mpirun >/dev/null 2>&1 || need openmpi-bin
+command -v mpicc >/dev/null 2>&1 || need libopenmpi-dev
+command -v cc >/dev/null 2>&1 || need gcc
+if ! command -v cc >/dev/null 2>&1 || ! echo '#include <stdlib.h>' | cc -E - >/dev/null 2>&1; then need libc6-dev; fi
+ls /usr/lib/llvm-*/lib/libclang*.so* >/dev/null 2>&1 || need libclang-dev
+command -v pkg-config >/dev/null 2>&1 || need pkg-config
+if [ "${1:-}" = test ]; then
+    command -v prometheus >/dev/null 2>&1 || need prometheus
+fi
+
+if [ -n "$packages" ]; then
+    command -v apt-get >/dev/null 2>&1 ||
+        fail "missing:$packages; this script installs them on Debian and Ubuntu only, so install their like by hand"
+    root=
+    if [ "$(id -u)" -ne 0 ]; then
+        command -v sudo >/dev/null 2>&1 || fail "missing:$packages; run as root, or install sudo"
+        root=sudo
+    fi
+    say "installing$packages"
+    $root apt-get update -q >/dev/null
+    # policy-rc.d is respected; nothing that is installed here is started.
+    $root env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $packages >/dev/null ||
+        fail "apt-get could not install$packages"
+fi
+
+if ! command -v cargo >/dev/null 2>&1 && [ ! -x "$HOME/.cargo/bin/cargo" ]; then
+    command -v curl >/dev/null 2>&1 || fail "cargo is missing, and curl to fetch it with: install curl, or Rust"
+    say "installing Rust by rustup"
+    curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh -s -- -y --profile minimal >/dev/null ||
+        fail "rustup did not install; see its messages above"
+fi
+PATH="$HOME/.cargo/bin:$PATH"
+if [ "${1:-}" = test ] && ! cargo nextest --version >/dev/null 2>&1; then
+    say "installing cargo-nextest"
+    cargo install --locked -q cargo-nextest || fail "cargo install cargo-nextest failed"
+fi

@@ -1,0 +1,121 @@
+//! The command line: raw arguments here, what they come to in each command's file.
+
+mod bench;
+mod checkpoint;
+mod config;
+mod data;
+mod evaluate;
+mod report;
+mod sample;
+mod train;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
+use repa_trainer::config::{Loaded, Source, Sources, load};
+
+use crate::exit::{Failure, Outcome};
+
+/// The quickstart's configuration, which commands use where no file is named.
+const QUICKSTART: &str = include_str!("../../../configs/quickstart.toml");
+
+/// Distributed training of diffusion transformers with representation alignment (REPA).
+///
+/// Without a command, trains: `mpirun -n 2 repa-dist` trains the quickstart on two ranks.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100, args_conflicts_with_subcommands = true)]
+pub struct Arguments {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    train: Settings,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Train, on every rank that mpirun or srun started (the default command)
+    Train(Settings),
+    /// Make, look at and check the data that training reads
+    Data(data::Arguments),
+    /// Draw images from a run's averaged weights, as a labelled grid
+    Sample(sample::Arguments),
+    /// Measure how far a run's samples are from its data (Fréchet distance in encoder features)
+    Evaluate(evaluate::Arguments),
+    /// List, verify, export and import checkpoints
+    Checkpoint(checkpoint::Arguments),
+    /// Draw a run's loss curves and say where everything of it is
+    Report(report::Arguments),
+    /// Measure the speed of parts
+    Bench(bench::Arguments),
+    /// Print the merged configuration, and where each value came from
+    Config(config::Arguments),
+}
+
+/// What a run is configured from.
+#[derive(Debug, Clone, Args)]
+pub struct Settings {
+    /// TOML file; without it, the quickstart's built-in configuration
+    #[arg(long, short, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Values that win over the file and over REPA_<SECTION>__<KEY> environment variables, such as
+    /// train.steps=100
+    #[arg(value_name = "KEY=VALUE")]
+    values: Vec<String>,
+}
+
+impl Settings {
+    /// The merged configuration.
+    pub fn load(&self) -> Result<Loaded, Failure> {
+        let source = match &self.config {
+            Some(path) => Source::File(path.clone()),
+            None => Source::Embedded("quickstart.toml", QUICKSTART),
+        };
+        let environment = std::env::vars_os()
+            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+            .collect();
+        Ok(load(&Sources { source: Some(source), environment, arguments: self.values.clone() })?)
+    }
+}
+
+/// Runs a command.
+pub fn run(arguments: Arguments) -> Result<Outcome, Failure> {
+    match arguments.command {
+        None => train::run(&arguments.train),
+        Some(Command::Train(settings)) => train::run(&settings),
+        Some(Command::Data(arguments)) => data::run(&arguments),
+        Some(Command::Sample(arguments)) => sample::run(&arguments),
+        Some(Command::Evaluate(arguments)) => evaluate::run(&arguments),
+        Some(Command::Checkpoint(arguments)) => checkpoint::run(&arguments),
+        Some(Command::Bench(arguments)) => bench::run(&arguments),
+        Some(Command::Report(arguments)) => report::run(&arguments),
+        Some(Command::Config(arguments)) => config::run(&arguments),
+    }
+}
+
+/// A progress bar on standard error; where that is no terminal, nothing.
+fn bar(what: &'static str, unit: &'static str) -> ProgressBar {
+    let template =
+        format!("{what} {{wide_bar:.cyan/blue}} {{pos}}/{{len}} {unit}, {{per_sec}}, {{eta}} left");
+    let style = ProgressStyle::with_template(&template).expect("the template is well formed");
+    let bar = ProgressBar::new(0).with_style(style);
+    bar.enable_steady_tick(Duration::from_millis(500));
+    bar
+}
+
+/// Sets the number of threads of a command that is no rank; 0 takes all cores.
+fn use_threads(threads: usize) -> Result<(), Failure> {
+    match threads {
+        0 => Ok(()),
+        threads => Ok(repa_trainer::train::use_threads(threads)?),
+    }
+}
+
+/// Sends the log to standard error: warnings, or what RUST_LOG asks for; errors only above rank 0.
+fn log_to_stderr(rank: usize) {
+    use tracing_subscriber::EnvFilter;
+    let quiet = if rank == 0 { "warn" } else { "error" };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(quiet));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+}

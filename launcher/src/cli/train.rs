@@ -1,0 +1,33 @@
+//! `repa-dist train`, on every rank.
+
+use repa_comm::{Failure as RankFailure, Options, all_or_first_error, end_with};
+use repa_trainer::train::{StopRequest, train};
+
+use super::Settings;
+use crate::exit::{Failure, Outcome};
+
+pub fn run(settings: &Settings) -> Result<Outcome, Failure> {
+    let comm = repa_comm::init(&Options::default()).map_err(Failure::runtime)?;
+    repa_comm::install_panic_hook();
+    super::log_to_stderr(comm.rank());
+    let comm = comm.as_ref();
+    // Every rank reads its own configuration; a mistake in it is reported once.
+    let local =
+        settings.load().map_err(|e| RankFailure { message: e.to_string(), code: i32::from(e.code()) });
+    let loaded = all_or_first_error(comm, local).unwrap_or_else(|e| end_with(comm, &e));
+    let mut stop =
+        StopRequest::listen().map_err(|e| Failure::runtime(format!("cannot listen for signals: {e}")))?;
+    let outcome = train(&loaded, comm, &mut stop).unwrap_or_else(|e| end_with(comm, &e));
+    if comm.rank() == 0 {
+        conclude(outcome, &loaded.config.run.dir);
+    }
+    comm.finalize().map_err(Failure::runtime)?;
+    Ok(outcome)
+}
+
+fn conclude(outcome: Outcome, run: &std::path::Path) {
+    match outcome {
+        Outcome::Done => println!("trained: {} (`repa-dist report {}`)", run.display(), run.display()),
+        Outcome::Stopped => println!("stopped on request, saved: the same command goes on from there"),
+    }
+}

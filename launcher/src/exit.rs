@@ -1,0 +1,118 @@
+//! The one place that turns errors into exit codes and messages.
+
+use std::process::ExitCode;
+
+use repa_trainer::checkpoint::CheckpointError;
+use repa_trainer::config::ConfigError;
+use repa_trainer::data::store::StoreError;
+use repa_trainer::evaluate::EvaluationError;
+use repa_trainer::exit::Kind;
+pub use repa_trainer::exit::Outcome;
+use repa_trainer::figures::FigureError;
+use repa_trainer::generate::GenerateError;
+use repa_trainer::train::TrainError;
+use repa_trainer::weights::WeightsError;
+
+/// An error with its exit code.
+#[derive(Debug)]
+pub struct Failure {
+    kind: Kind,
+    message: String,
+}
+
+impl Failure {
+    /// A wrong command line.
+    pub fn usage(message: impl std::fmt::Display) -> Self {
+        Self { kind: Kind::Usage, message: message.to_string() }
+    }
+
+    /// Data that cannot be used.
+    pub fn data(message: impl std::fmt::Display) -> Self {
+        Self { kind: Kind::Data, message: message.to_string() }
+    }
+
+    /// A failure while running.
+    pub fn runtime(message: impl std::fmt::Display) -> Self {
+        Self { kind: Kind::Runtime, message: message.to_string() }
+    }
+
+    /// The exit code.
+    pub fn code(&self) -> u8 {
+        self.kind.code()
+    }
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Self {
+        Self::usage(error)
+    }
+}
+
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Self {
+        Self::data(error)
+    }
+}
+
+impl From<CheckpointError> for Failure {
+    fn from(error: CheckpointError) -> Self {
+        Self::data(error)
+    }
+}
+
+impl From<WeightsError> for Failure {
+    fn from(error: WeightsError) -> Self {
+        Self::data(error)
+    }
+}
+
+impl From<FigureError> for Failure {
+    fn from(error: FigureError) -> Self {
+        Self::runtime(error)
+    }
+}
+
+impl From<TrainError> for Failure {
+    fn from(error: TrainError) -> Self {
+        Self { kind: error.kind(), message: error.to_string() }
+    }
+}
+
+impl From<GenerateError> for Failure {
+    fn from(error: GenerateError) -> Self {
+        let kind = match &error {
+            GenerateError::Config(_) => Kind::Usage,
+            GenerateError::Sample(_) => Kind::Runtime,
+            _ => Kind::Data,
+        };
+        Self { kind, message: error.to_string() }
+    }
+}
+
+impl From<EvaluationError> for Failure {
+    fn from(error: EvaluationError) -> Self {
+        match error {
+            EvaluationError::Generate(error) => error.into(),
+            EvaluationError::Distance(error) => Self::runtime(error),
+            EvaluationError::Features(message) => Self::data(message),
+            other => Self::runtime(other),
+        }
+    }
+}
+
+/// Prints the error, if there is one, and gives the exit code.
+pub fn report(result: Result<Outcome, Failure>) -> ExitCode {
+    match result {
+        Ok(outcome) => ExitCode::from(outcome.code()),
+        Err(failure) => {
+            eprintln!("error: {failure}");
+            ExitCode::from(failure.code())
+        }
+    }
+}
