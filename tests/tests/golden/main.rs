@@ -2,7 +2,16 @@
 //! it does not know. What the kinds hold, and the tolerances, stand in that folder's README.
 
 mod case;
+mod center_crop;
+mod checkpoint;
 mod compare;
+mod dinov2;
+mod frechet;
+mod pos_embed;
+mod sample;
+mod taesd;
+mod train;
+mod vae;
 
 use std::collections::BTreeMap;
 
@@ -12,7 +21,17 @@ use case::Case;
 type Check = fn(&Case) -> Result<(), String>;
 
 fn checks() -> BTreeMap<&'static str, Check> {
-    BTreeMap::from([])
+    BTreeMap::from([
+        ("center_crop", center_crop::check as Check),
+        ("dinov2", dinov2::check),
+        ("checkpoint", checkpoint::check),
+        ("frechet", frechet::check),
+        ("pos_embed", pos_embed::check),
+        ("sample", sample::check),
+        ("taesd", taesd::check),
+        ("train", train::check),
+        ("vae", vae::check),
+    ])
 }
 
 fn main() {

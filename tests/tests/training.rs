@@ -1,0 +1,193 @@
+//! Training end to end, under real mpirun. Some 90 s on two cores.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use repa_tests::{Running, log, loss_difference, mpirun, repa_dist, small_model, small_store};
+
+const DEADLINE: Duration = Duration::from_secs(120);
+
+fn start(ranks: usize, arguments: &[String]) -> Running {
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    Running::start(&mut mpirun(ranks, &arguments))
+}
+
+fn train(ranks: usize, store: &Path, run: &Path, more: &[&str]) {
+    let mut arguments = small_model(store, run);
+    arguments.extend(more.iter().map(|&a| a.to_owned()));
+    start(ranks, &arguments).wait(DEADLINE).expect_code(0);
+}
+
+/// All shards of a run's newest checkpoint, by name.
+fn shards(run: &Path) -> Vec<(String, Vec<u8>)> {
+    let folder = run.join("checkpoints");
+    let newest = std::fs::read_dir(&folder).expect("checkpoints").map(|e| e.expect("entry").path()).max();
+    let mut shards: Vec<_> = std::fs::read_dir(newest.expect("a checkpoint"))
+        .expect("its files")
+        .map(|e| e.expect("entry").path())
+        .filter(|p| p.extension().is_some_and(|e| e == "safetensors"))
+        .map(|p| {
+            (p.file_name().expect("a name").to_string_lossy().into_owned(), std::fs::read(&p).expect("bytes"))
+        })
+        .collect();
+    shards.sort();
+    assert!(!shards.is_empty());
+    shards
+}
+
+/// A batch of 10 over 1, 2, 3 and 4 ranks (of which 3 and 4 divide it unevenly), and in micro-batches.
+#[test]
+fn the_world_size_changes_no_loss() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = folder.path().join("store");
+    small_store(&store, 23);
+    let run = |name: &str| folder.path().join(name);
+    train(1, &store, &run("1"), &[]);
+    let one = log(&run("1"));
+    assert_eq!(one.len(), 12);
+    for ranks in [2, 3, 4] {
+        train(ranks, &store, &run(&ranks.to_string()), &[]);
+        let difference = loss_difference(&one, &log(&run(&ranks.to_string())));
+        assert!(difference < 1e-4, "{ranks} ranks: losses differ by {difference:.2e}");
+    }
+    train(2, &store, &run("micro"), &["train.micro_batch=2"]);
+    let difference = loss_difference(&one, &log(&run("micro")));
+    assert!(difference < 1e-4, "micro-batches: losses differ by {difference:.2e}");
+    // Another seed is another run: the comparison above can fail.
+    train(2, &store, &run("seed"), &["train.seed=1"]);
+    assert!(loss_difference(&one, &log(&run("seed"))) > 1e-3);
+}
+
+#[test]
+fn the_same_layout_gives_the_same_bits_also_when_stopped_and_resumed() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = folder.path().join("store");
+    small_store(&store, 23);
+    let run = |name: &str| folder.path().join(name);
+    train(2, &store, &run("a"), &[]);
+    train(2, &store, &run("b"), &[]);
+    assert!(shards(&run("a")) == shards(&run("b")), "two runs of the same layout differ");
+    train(2, &store, &run("c"), &["train.steps=5"]);
+    train(2, &store, &run("c"), &[]);
+    assert!(shards(&run("a")) == shards(&run("c")), "a resumed run differs from one that was not stopped");
+    let losses = |name: &str| log(&run(name)).iter().map(|r| (r.step, r.loss)).collect::<Vec<_>>();
+    assert_eq!(losses("a"), losses("c"));
+    // On another world size it goes on along the same curve.
+    train(3, &store, &run("d"), &["train.steps=5"]);
+    train(1, &store, &run("d"), &[]);
+    let difference = loss_difference(&log(&run("a")), &log(&run("d")));
+    assert!(difference < 1e-4, "resumed on another world size: losses differ by {difference:.2e}");
+}
+
+#[test]
+fn a_single_process_and_plain_mpirun_train_too() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = folder.path().join("store");
+    small_store(&store, 23);
+    let bare = folder.path().join("bare");
+    let arguments = small_model(&store, &bare);
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    Running::start(&mut repa_dist(&arguments)).wait(DEADLINE).expect_code(0);
+    assert_eq!(log(&bare).len(), 12);
+
+    // mpirun without a number takes one rank a core, and binds each to its core.
+    let plain = folder.path().join("plain");
+    let arguments = small_model(&store, &plain);
+    let mut command = Command::new("mpirun");
+    command.args(["--allow-run-as-root"]).arg(repa_tests::binary()).args(&arguments);
+    Running::start(&mut command).wait(DEADLINE).expect_code(0);
+    assert!(loss_difference(&log(&bare), &log(&plain)) < 1e-4);
+}
+
+#[test]
+fn ranks_serve_metrics_and_a_stop_request_saves_on_all() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (store, run) = (folder.path().join("store"), folder.path().join("run"));
+    small_store(&store, 23);
+    let mut arguments = small_model(&store, &run);
+    arguments.extend(["train.steps=1000000".into(), "telemetry.port=19400".into()]);
+    let mut running = start(2, &arguments);
+    let started = Instant::now();
+    while log(&run).len() < 5 {
+        assert!(started.elapsed() < DEADLINE && !running.has_ended(), "it does not get going");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let targets: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(run.join("prometheus-targets.json")).expect("targets"))
+            .expect("JSON");
+    let targets: Vec<&str> =
+        targets[0]["targets"].as_array().expect("a list").iter().filter_map(|t| t.as_str()).collect();
+    assert_eq!(targets.len(), 2);
+    for (rank, target) in targets.iter().enumerate() {
+        let page = get(target, "/metrics");
+        assert!(page.contains(&format!("repa_images_total{{rank=\"{rank}\"}}")), "{page}");
+        assert!(page.contains("# HELP repa_loss"), "{page}");
+        assert!(page.contains("repa_step_seconds_bucket"), "histograms have buckets\n{page}");
+    }
+    // Started again in the same folder meanwhile, it is turned away and harms nothing.
+    start(1, &arguments).wait(DEADLINE).expect_code(2).expect_error(&["in use", "run.dir"]);
+
+    std::fs::write(run.join("STOP"), "").expect("a stop request");
+    running.wait(DEADLINE).expect_code(75);
+    let records = log(&run);
+    let last = records.last().expect("steps").step;
+    assert!(
+        run.join(format!("checkpoints/step-{last:08}/manifest.json")).exists(),
+        "no checkpoint of step {last}"
+    );
+    assert_eq!(std::fs::read_to_string(run.join("prometheus-targets.json")).expect("targets").trim(), "[]");
+}
+
+fn get(address: &str, path: &str) -> String {
+    use std::io::{Read, Write};
+    let mut stream = std::net::TcpStream::connect(address).expect("a connection");
+    stream.set_read_timeout(Some(Duration::from_secs(10))).expect("a deadline");
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n").expect("sent");
+    let mut page = String::new();
+    stream.read_to_string(&mut page).expect("an answer");
+    page
+}
+
+#[test]
+fn targets_on_another_grid_are_resampled_when_asked_to() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (store, run) = (folder.path().join("store"), folder.path().join("run"));
+    small_store(&store, 23);
+    let more = [
+        "model.patch_size=4",
+        "alignment.resample=bilinear",
+        "optimizer.learning_rate=3e-3",
+        "train.steps=120",
+    ];
+    train(2, &store, &run, &more);
+    let losses: Vec<f64> = log(&run).iter().map(|r| r.alignment_loss).collect();
+    let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
+    let (first, last) = (mean(&losses[..20]), mean(&losses[100..]));
+    assert!(losses.iter().all(|loss| loss.abs() <= 1.0) && last < first - 0.02, "{first} to {last}");
+}
+
+/// Half precision follows float32's losses, and float16's loss scale finds its place.
+#[test]
+fn half_precision_follows_float32() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = folder.path().join("store");
+    small_store(&store, 23);
+    let run = |name: &str| folder.path().join(name);
+    let more = ["train.steps=200", "optimizer.learning_rate=3e-4"];
+    train(2, &store, &run("f32"), &more);
+    let expected = log(&run("f32"));
+    for precision in ["bf16", "f16"] {
+        let argument = format!("train.precision={precision}");
+        train(2, &store, &run(precision), &[more[0], more[1], &argument]);
+        let records = log(&run(precision));
+        let taken = records.iter().filter(|r| !r.skipped).count();
+        assert!(taken >= 190, "{precision}: only {taken} of 200 steps were taken");
+        let worst = expected
+            .iter()
+            .zip(&records)
+            .map(|(a, b)| ((a.loss - b.loss) / a.loss).abs())
+            .fold(0.0, f64::max);
+        assert!(worst < 0.02, "{precision}: losses differ by {worst:.4}");
+    }
+}
