@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs what building and running repa-dist needs on Debian or Ubuntu: OpenMPI, libclang (for the
 # MPI bindings), a C compiler, and Rust by rustup where cargo is missing. Does nothing where all is
-# there. `setup.sh test` adds what the tests need.
+# there. `setup.sh test` adds cargo-nextest, which runs the tests.
 set -eu
 
 say() { printf 'setup: %s\n' "$*"; }
@@ -16,9 +16,6 @@ command -v cc >/dev/null 2>&1 || need gcc
 if ! command -v cc >/dev/null 2>&1 || ! echo '#include <stdlib.h>' | cc -E - >/dev/null 2>&1; then need libc6-dev; fi
 ls /usr/lib/llvm-*/lib/libclang*.so* >/dev/null 2>&1 || need libclang-dev
 command -v pkg-config >/dev/null 2>&1 || need pkg-config
-if [ "${1:-}" = test ]; then
-    command -v prometheus >/dev/null 2>&1 || need prometheus
-fi
 
 if [ -n "$packages" ]; then
     command -v apt-get >/dev/null 2>&1 ||

@@ -1,5 +1,6 @@
 //! What users get wrong: one clear message on any number of ranks, the right exit code, nothing lost.
 
+use std::path::Path;
 use std::time::Duration;
 
 use repa_tests::{Ended, Running, mpirun, repa_dist, small_model, small_store};
@@ -115,6 +116,24 @@ fn help_and_version_read_well() {
         .wait(DEADLINE)
         .expect_code(2)
         .expect_error(&["frobnicate"]);
+}
+
+#[test]
+fn the_shipped_configurations_load() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
+    let mut seen = 0;
+    for entry in std::fs::read_dir(folder).expect("the configurations") {
+        let path = entry.expect("entry").path();
+        let arguments = ["config", "--config", path.to_str().expect("UTF-8")];
+        let printed = Running::start(&mut repa_dist(&arguments)).wait(DEADLINE).expect_code(0).stdout;
+        let name = path.file_stem().expect("a name").to_string_lossy().into_owned();
+        if let Some(size) = name.strip_suffix("2-repa").and_then(|n| n.strip_prefix("sit-")) {
+            assert!(printed.contains(&format!("model.preset = \"SiT-{}/2\"", size.to_uppercase())), "{printed}");
+            assert!(printed.contains("train.global_batch = 256"), "{printed}");
+        }
+        seen += 1;
+    }
+    assert!(seen >= 5, "{seen} configurations");
 }
 
 /// What `config` prints is a configuration.

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use repa_trainer::Device;
-use repa_trainer::data::store::LatentStore;
+use repa_trainer::data::import::{ImportOptions, import_repa};
+use repa_trainer::data::store::{LatentStore, Precision};
 use repa_trainer::quickstart;
 
 use super::bar;
@@ -24,6 +25,8 @@ enum Command {
         #[arg(long, value_name = "DIR", default_value = "data/quickstart")]
         out: PathBuf,
     },
+    /// Make a store from REPA's (EDM2's) layout: vae-sd/dataset.json, vae-sd/*/*.npy and images/
+    Import(Import),
     /// Say what a store holds
     Info {
         /// Folder of the store
@@ -41,9 +44,32 @@ enum Command {
     },
 }
 
+#[derive(Debug, Args)]
+struct Import {
+    /// Folder that holds vae-sd/ (and images/)
+    #[arg(value_name = "ROOT")]
+    root: PathBuf,
+    /// Folder of the store
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Keep the images as well
+    #[arg(long)]
+    images: bool,
+    /// Store latents in float16: half the size
+    #[arg(long)]
+    f16: bool,
+    /// Number of classes; by default one more than the greatest label
+    #[arg(long, value_name = "N")]
+    classes: Option<usize>,
+    /// Bad members that are left out and reported, before it is an error
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    max_bad: usize,
+}
+
 pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     match &arguments.command {
         Command::Quickstart { out } => make_quickstart(out),
+        Command::Import(arguments) => import(arguments),
         Command::Info { store, json } => info(store, *json),
         Command::Verify { store } => verify(store),
     }
@@ -63,6 +89,38 @@ fn make_quickstart(out: &std::path::Path) -> Result<Outcome, Failure> {
     progress.finish_and_clear();
     println!("data: {samples} labelled emoji (Twemoji, CC-BY 4.0) in {}", out.display());
     Ok(Outcome::Done)
+}
+
+fn import(arguments: &Import) -> Result<Outcome, Failure> {
+    let options = ImportOptions {
+        classes: arguments.classes,
+        images: arguments.images,
+        precision: if arguments.f16 { Precision::F16 } else { Precision::F32 },
+        max_bad: arguments.max_bad,
+        ..ImportOptions::default()
+    };
+    let progress = bar("importing", "samples");
+    let report = import_repa(&arguments.root, &arguments.out, &options, &mut |done, total| {
+        progress.set_length(total as u64);
+        progress.set_position(done as u64);
+    })
+    .map_err(Failure::data)?;
+    progress.finish_and_clear();
+    for member in &report.bad {
+        eprintln!("left out: {} {}", member.name, member.problem);
+    }
+    list_some("latents that dataset.json does not list", &report.unlisted);
+    list_some("images without latents", &report.images_without_latents);
+    println!("data: {} samples in {}", report.samples, arguments.out.display());
+    Ok(Outcome::Done)
+}
+
+/// Names a few of many.
+fn list_some(what: &str, names: &[String]) {
+    if !names.is_empty() {
+        let some = names.iter().take(5).map(String::as_str).collect::<Vec<_>>().join(", ");
+        eprintln!("{} {what}: {some}{}", names.len(), if names.len() > 5 { ", ..." } else { "" });
+    }
 }
 
 fn info(store: &std::path::Path, json: bool) -> Result<Outcome, Failure> {

@@ -1,5 +1,7 @@
 //! Comparisons that say what differed.
 
+use crate::case::slack;
+
 /// Euclidean norm.
 pub fn norm(x: &[f32]) -> f64 {
     x.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt()
@@ -11,12 +13,14 @@ pub fn distance(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(&a, &b)| (f64::from(a) - f64::from(b)).powi(2)).sum::<f64>().sqrt()
 }
 
-/// Fails unless |ours - expected| <= tolerance * scale, as norms.
+/// Fails unless |ours - expected| <= tolerance * scale, as norms; on a GPU the tolerance is wider
+/// (see [`slack`]).
 pub fn close(what: &str, ours: &[f32], expected: &[f32], tolerance: f64, scale: f64) -> Result<(), String> {
     if ours.len() != expected.len() {
         return Err(format!("{what}: {} elements where the reference has {}", ours.len(), expected.len()));
     }
     let d = distance(ours, expected);
+    let tolerance = tolerance * slack();
     // Not `d > ...`: a NaN must fail.
     if d <= tolerance * scale {
         Ok(())
