@@ -128,7 +128,10 @@ fn the_shipped_configurations_load() {
         let printed = Running::start(&mut repa_dist(&arguments)).wait(DEADLINE).expect_code(0).stdout;
         let name = path.file_stem().expect("a name").to_string_lossy().into_owned();
         if let Some(size) = name.strip_suffix("2-repa").and_then(|n| n.strip_prefix("sit-")) {
-            assert!(printed.contains(&format!("model.preset = \"SiT-{}/2\"", size.to_uppercase())), "{printed}");
+            assert!(
+                printed.contains(&format!("model.preset = \"SiT-{}/2\"", size.to_uppercase())),
+                "{printed}"
+            );
             assert!(printed.contains("train.global_batch = 256"), "{printed}");
         }
         seen += 1;

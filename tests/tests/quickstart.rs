@@ -1,5 +1,5 @@
 //! The quickstart's whole line, shortened: real data, real models, 20 steps on 1 to 4 ranks, samples,
-//! evaluation, report. Some 70 s on two cores.
+//! evaluation, report, half precision. Some 2 minutes on two cores.
 
 use std::path::Path;
 use std::process::Command;
@@ -45,6 +45,21 @@ fn the_quickstart_runs_and_is_the_same_on_one_to_four_ranks() {
         std::fs::read(here.join(shard)).expect("a shard")
     };
     assert!(shard("two") == shard("two-again"), "the same layout gives the same bits");
+
+    // Half precision follows float32 over 200 steps.
+    let long = |precision: &str| {
+        let (dir, precision) = (format!("run.dir=runs/{precision}"), format!("train.precision={precision}"));
+        let batch = "train.global_batch=16";
+        run(
+            here,
+            mpirun(2, &[&dir, &precision, batch, "train.steps=200", "train.threads=1", "checkpoint.every=0"]),
+        );
+    };
+    long("f32");
+    long("bf16");
+    let worst =
+        losses("f32").iter().zip(losses("bf16")).map(|(a, b)| ((a - b) / a).abs()).fold(0.0, f64::max);
+    assert!(losses("f32").len() == 200 && worst < 0.02, "bfloat16's losses differ by {worst:.4}");
 
     let few = "sample.solver.num_steps=3";
     let sampled = run(here, repa_dist(&["sample", "--run", "runs/two", "--per-class", "2", few]));

@@ -51,13 +51,14 @@ pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
         run.join("prometheus-targets.json").display()
     );
     println!("\nNext:");
-    println!("  repa-dist sample --run {} --per-class 20 sample.solver.cfg_scale=3", run.display());
+    let me = std::env::args().next().unwrap_or_else(|| "repa-dist".into());
+    println!("  {me} sample --run {} --per-class 20 sample.solver.cfg_scale=3", run.display());
     println!(
-        "  mpirun -n 2 repa-dist run.dir={} train.steps={}    (goes on from the checkpoint)",
+        "  mpirun -n 2 {me} run.dir={} train.steps={}    (goes on from the checkpoint)",
         run.display(),
         2 * last.step
     );
-    println!("  repa-dist config > mine.toml && mpirun -n 2 repa-dist --config mine.toml run.dir=runs/mine");
+    println!("  {me} config > mine.toml && mpirun -n 2 {me} --config mine.toml run.dir=runs/mine");
     Ok(Outcome::Done)
 }
 

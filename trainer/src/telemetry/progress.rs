@@ -152,8 +152,11 @@ impl Forwarded {
         let width = std::fs::File::open("/dev/tty")
             .ok()
             .and_then(|tty| rustix::termios::tcgetwinsize(tty).ok())
-            .map_or(100, |size| size.ws_col);
-        Self { width: width.max(40) }
+            .map(|size| size.ws_col)
+            // Some terminals, such as recorders, do not know their width.
+            .filter(|&columns| columns > 0)
+            .unwrap_or(100);
+        Self { width }
     }
 }
 
