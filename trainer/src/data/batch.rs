@@ -12,8 +12,7 @@ use std::ops::Range;
 #[must_use]
 pub fn rank_range(global_batch: usize, rank: usize, world: usize) -> Range<usize> {
     assert!(rank < world, "rank {rank} of a world of {world}");
-    let bound = |r: usize| (global_batch as u128 * r as u128 / world as u128) as usize;
-    bound(rank)..bound(rank + 1)
+    repa_comm::shard_range(global_batch, rank, world)
 }
 
 /// The run's sample numbers that `rank` takes of the global batch that begins at `start`.
