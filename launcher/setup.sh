@@ -14,7 +14,11 @@ command -v mpirun >/dev/null 2>&1 || need openmpi-bin
 command -v mpicc >/dev/null 2>&1 || need libopenmpi-dev
 command -v cc >/dev/null 2>&1 || need gcc
 if ! command -v cc >/dev/null 2>&1 || ! echo '#include <stdlib.h>' | cc -E - >/dev/null 2>&1; then need libc6-dev; fi
-ls /usr/lib/llvm-*/lib/libclang*.so* >/dev/null 2>&1 || need libclang-dev
+# libclang itself and its headers: libclang-cpp, which other tools bring along, has neither.
+if ! ls /usr/lib/llvm-*/lib/libclang.so* /usr/lib/llvm-*/lib/libclang-[0-9]*.so* 2>/dev/null | grep -q . ||
+    ! ls /usr/lib/llvm-*/lib/clang/*/include/stddef.h /usr/lib/clang/*/include/stddef.h 2>/dev/null | grep -q .; then
+    need libclang-dev
+fi
 command -v pkg-config >/dev/null 2>&1 || need pkg-config
 
 if [ -n "$packages" ]; then
