@@ -36,6 +36,11 @@ impl Failure {
         Self { kind: Kind::Runtime, message: message.to_string() }
     }
 
+    /// An error of a kind that is known.
+    pub fn of(kind: Kind, error: &dyn std::error::Error) -> Self {
+        Self { kind, message: error.to_string() }
+    }
+
     /// The exit code.
     pub fn code(&self) -> u8 {
         self.kind.code()

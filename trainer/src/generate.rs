@@ -9,7 +9,10 @@ use crate::Device;
 use crate::autoencoder::{self, Autoencoder};
 use crate::checkpoint::{self, CheckpointError};
 use crate::config::{Config, ConfigError, Source, Sources, load};
-use crate::data::store::{Index, LatentStore, StoreError};
+use crate::data::{
+    self,
+    store::{Index, StoreError},
+};
 use crate::images::{self, Image};
 use crate::model::Sit;
 use crate::params::Params;
@@ -91,7 +94,7 @@ impl Generator {
     /// # Errors
     /// Its checkpoint, store or autoencoder cannot be read.
     pub fn open(config: &Config, which: Which, device: &Device) -> Result<Self, GenerateError> {
-        let store = LatentStore::open(&config.data.dir)?;
+        let store = data::open(&config.data.dir)?;
         let index = store.index().clone();
         let sit = config.sit();
         let layout = Arc::new(sit.layout());

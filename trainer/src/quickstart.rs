@@ -3,16 +3,16 @@
 
 use std::path::Path;
 
-use burn::tensor::Tensor;
-use half::f16;
+use repa_comm::{Communicator, Failure, RemoteError, all_or_first_error};
 
 use crate::Device;
-use crate::autoencoder::{self, Autoencoder};
+use crate::autoencoder;
+use crate::data::build::{BuildOptions, BuildProgress, Fault};
 use crate::data::emoji::{self, Emoji};
-use crate::data::encode::{EncodeOptions, Encoded, ImageSource, encode};
-use crate::data::store::{EncoderSpec, Kind, Precision, Spread, StoreSpec};
-use crate::encoder::{self, VisionEncoder};
-use crate::images::{self, Image};
+use crate::data::encode::{Models, encode};
+use crate::data::source::images::{ImageSource, Picture};
+use crate::data::store::{Kind, Precision, Spread, StoreSpec};
+use crate::encoder;
 
 /// Images that go through the two models at once.
 const BATCH: usize = 32;
@@ -27,60 +27,61 @@ impl ImageSource for EmojiSource {
         self.0.len()
     }
 
-    fn get(&self, i: usize) -> Result<(Image, u32), String> {
-        Ok((self.0[i].image(), self.0[i].label as u32))
+    fn name(&self, i: usize) -> String {
+        self.0[i].name.to_owned()
+    }
+
+    fn get(&self, i: usize) -> Result<Picture, Fault> {
+        Ok(Picture { image: self.0[i].image(), label: self.0[i].label as u32, encoded: None, latent: None })
     }
 }
 
-/// Makes the store at `out` and gives the number of samples. `progress` is told how many images of
-/// how many are done. A call that was cut short is gone on with.
+/// Makes the store at `out`, on all ranks, and gives the number of samples. `images` keeps the images as
+/// well. A call that was cut short is gone on with.
 ///
 /// # Errors
-/// A message for people: the store cannot be written, or one of the models fails.
-pub fn make_data(out: &Path, device: &Device, progress: &mut dyn FnMut(usize, usize)) -> Result<u64, String> {
-    let autoencoder = autoencoder::quickstart(device);
-    let teacher = encoder::quickstart(device);
-    let spec = spec(&autoencoder, &teacher);
-    let models = |batch: &[Image]| -> Result<Encoded, String> {
-        let features = teacher.features(batch).map_err(|e| e.to_string())?;
-        Ok(Encoded {
-            latents: values(autoencoder.encode(images::to_tensor(batch, device))),
-            features: vec![values(features.patch_tokens).into_iter().map(f16::from_f32).collect()],
-        })
+/// The store cannot be written, or one of the models fails.
+pub fn make_data(
+    comm: &dyn Communicator,
+    out: &Path,
+    images: bool,
+    device: &Device,
+    progress: &mut dyn FnMut(BuildProgress),
+) -> Result<u64, RemoteError> {
+    let models = Models {
+        autoencoder: Some(autoencoder::quickstart(device)),
+        encoders: vec![encoder::quickstart(device)],
+        device: device.clone(),
     };
-    let options = EncodeOptions { batch: BATCH, shard_len: SHARD, ..EncodeOptions::default() };
+    let spec = models
+        .complete(spec(images))
+        // Measured: the quickstart's autoencoder has no usual scale.
+        .map(|spec| StoreSpec { normalisation: None, ..spec })
+        .map_err(|e| Failure { message: e.to_string(), code: i32::from(e.kind().code()) });
+    let spec = all_or_first_error(comm, spec)?;
+    let options = BuildOptions { batch: BATCH, shard_len: SHARD, max_bad: 0 };
     let source = EmojiSource(emoji::all());
-    let (index, _) = encode(&source, out, spec, &options, &models, &mut |p| progress(p.done, p.total))
-        .map_err(|e| e.to_string())?;
-    Ok(index.samples)
+    let built = encode(comm, &source, out, &spec, &options, &|batch| models.run(batch), progress)?;
+    Ok(built.index.samples)
 }
 
-fn spec(autoencoder: &Autoencoder, teacher: &VisionEncoder) -> StoreSpec {
-    let info = autoencoder.info();
-    let side = emoji::RESOLUTION / info.downsample;
-    let (rows, columns) = teacher.tokens(emoji::RESOLUTION);
+/// What is known before the models are asked.
+fn spec(images: bool) -> StoreSpec {
     StoreSpec {
         kind: Kind::Latents,
         spread: Spread::Std,
         precision: Precision::F32,
-        channels: info.channels,
-        height: side,
-        width: side,
+        channels: 0,
+        height: 0,
+        width: 0,
         resolution: emoji::RESOLUTION,
-        autoencoder: info.id.clone(),
+        autoencoder: String::new(),
         normalisation: None,
         classes: emoji::CLASSES.len(),
         class_names: emoji::CLASSES.iter().map(|&name| name.to_owned()).collect(),
-        encoders: vec![EncoderSpec {
-            id: "quickstart-teacher".into(),
-            tokens: rows * columns,
-            dim: teacher.embed_dim(),
-        }],
-        images: false,
+        encoders: Vec::new(),
+        images,
+        flips: false,
         source: "Twemoji 72 x 72 PNG, on white, resized to 64 x 64; CC-BY 4.0".into(),
     }
-}
-
-fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
-    tensor.into_data().convert::<f32>().try_to_vec().expect("converted to f32 just now")
 }

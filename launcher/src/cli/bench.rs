@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use repa_comm::Options;
 use repa_comm::bench::{BenchOptions, BenchReport};
-use repa_trainer::data::bench as data_bench;
+use repa_trainer::data::bench::{self as data_bench, DataBenchOptions, Images};
 
 use crate::exit::{Failure, Outcome};
 
@@ -33,24 +33,73 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Time the loader on a store of synthetic samples, beside plain reads of the same files
-    Data {
+    /// Time the loader, beside plain reads of the same files
+    Data(DataArguments),
+    /// Time opening a store of a million samples (sparse files), and the memory it takes
+    Start {
         /// Folder for the synthetic store, which is removed afterwards
-        #[arg(long, value_name = "DIR", default_value = "/dev/shm")]
+        #[arg(long, value_name = "DIR", default_value = ".")]
         dir: PathBuf,
-        /// Samples of it: moments [8, 32, 32] and features [256, 768]
-        #[arg(long, default_value_t = 2000)]
+        /// Samples of it: moments [8, 32, 32]
+        #[arg(long, default_value_t = 1_000_000)]
         samples: usize,
-        /// Samples of a batch
-        #[arg(long, default_value_t = 64)]
-        batch: usize,
-        /// Seconds to spend on a figure
-        #[arg(long, default_value_t = 3.0)]
-        seconds: f64,
         /// Print JSON
         #[arg(long)]
         json: bool,
     },
+    /// Time importing a synthetic tree in REPA's layout, beside copying its files into one
+    Import {
+        /// Folder for the tree and the store, which are removed afterwards
+        #[arg(long, value_name = "DIR", default_value = ".")]
+        dir: PathBuf,
+        /// Samples of it: a .npy of moments [8, 32, 32] each
+        #[arg(long, default_value_t = 20_000)]
+        samples: usize,
+        /// How often each is timed, in turns
+        #[arg(long, default_value_t = 5)]
+        turns: usize,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+struct DataArguments {
+    /// A store, or a folder in REPA's layout; by default a synthetic store is made
+    #[arg(value_name = "STORE")]
+    store: Option<PathBuf>,
+    /// Folder for the synthetic store, which is removed afterwards
+    #[arg(long, value_name = "DIR", default_value = "/dev/shm")]
+    dir: PathBuf,
+    /// Samples of the synthetic store: moments [8, 32, 32] and features [256, 768]
+    #[arg(long, default_value_t = 2000)]
+    samples: usize,
+    /// What is done with the images that STORE keeps
+    #[arg(long, value_enum, default_value_t = ImagesName::None)]
+    images: ImagesName,
+    /// Samples of a batch
+    #[arg(long, default_value_t = 64)]
+    batch: usize,
+    /// Loader threads
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+    /// Seconds to spend on a figure
+    #[arg(long, default_value_t = 3.0)]
+    seconds: f64,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum ImagesName {
+    /// They are not read
+    None,
+    /// They are read
+    Bytes,
+    /// They are read and decoded
+    Decode,
 }
 
 pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
@@ -58,23 +107,75 @@ pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
         Command::AllReduce { against_mpi, max_mib, seconds, json } => {
             all_reduce(*against_mpi, *max_mib, *seconds, *json)
         }
-        Command::Data { dir, samples, batch, seconds, json } => {
-            let figures = data_bench::run(dir, *samples, *batch, *seconds).map_err(Failure::data)?;
+        Command::Data(arguments) => data(arguments),
+        Command::Start { dir, samples, json } => {
+            let figures = data_bench::run_start(dir, *samples, 256).map_err(Failure::data)?;
             if *json {
-                println!("{:#}", serde_json::to_value(&figures).map_err(Failure::runtime)?);
-                return Ok(Outcome::Done);
+                return print_json(&figures);
             }
-            let giga = |rate: f64| rate / 1e9;
-            println!("pread, 2 threads   {:8.2} GB/s", giga(figures.pread_bytes_per_second));
-            println!(
-                "loader             {:8.2} GB/s, {:.0} samples/s",
-                giga(figures.loader_bytes_per_second),
-                figures.loader_samples_per_second
-            );
-            println!("with random draws  {:8.0} samples/s", figures.training_samples_per_second);
+            println!("samples            {:8}", figures.samples);
+            println!("first batch after  {:8.3} s", figures.first_batch_seconds);
+            println!("100 batches after  {:8.3} s", figures.next_batches_seconds);
+            println!("peak memory        {:8.1} MB", figures.peak_memory_bytes as f64 / 1e6);
+            Ok(Outcome::Done)
+        }
+        Command::Import { dir, samples, turns, json } => {
+            if *samples == 0 || *turns == 0 {
+                return Err(Failure::usage("--samples and --turns must be above 0"));
+            }
+            let figures = data_bench::run_import(dir, *samples, *turns).map_err(Failure::data)?;
+            if *json {
+                return print_json(&figures);
+            }
+            let seconds = |all: &[f64]| all.iter().map(|s| format!("{s:.2}")).collect::<Vec<_>>().join(" ");
+            println!("samples  {}, {:.2} GB", figures.samples, figures.bytes as f64 / 1e9);
+            println!("copy     {} s", seconds(&figures.copy_seconds));
+            println!("import   {} s", seconds(&figures.import_seconds));
+            println!("ratio    {:.2} (of medians)", figures.ratio);
             Ok(Outcome::Done)
         }
     }
+}
+
+fn print_json(figures: &impl serde::Serialize) -> Result<Outcome, Failure> {
+    println!("{:#}", serde_json::to_value(figures).map_err(Failure::runtime)?);
+    Ok(Outcome::Done)
+}
+
+fn data(arguments: &DataArguments) -> Result<Outcome, Failure> {
+    if arguments.batch == 0 || arguments.threads == 0 || !(arguments.seconds > 0.0) {
+        return Err(Failure::usage("--batch, --threads and --seconds must be above 0"));
+    }
+    let options = DataBenchOptions {
+        batch: arguments.batch,
+        threads: arguments.threads,
+        images: match arguments.images {
+            ImagesName::None => Images::None,
+            ImagesName::Bytes => Images::Bytes,
+            ImagesName::Decode => Images::Decode,
+        },
+        seconds: arguments.seconds,
+    };
+    let figures = match &arguments.store {
+        Some(store) => data_bench::measure(store, &options),
+        None => data_bench::run(&arguments.dir, arguments.samples, &options),
+    };
+    let figures = figures.map_err(Failure::data)?;
+    if arguments.json {
+        return print_json(&figures);
+    }
+    let giga = |rate: f64| rate / 1e9;
+    if let Some(pread) = figures.pread_bytes_per_second {
+        println!("pread              {:8.2} GB/s", giga(pread));
+    }
+    println!(
+        "loader             {:8.2} GB/s, {:.0} samples/s",
+        giga(figures.loader_bytes_per_second),
+        figures.loader_samples_per_second
+    );
+    println!("with random draws  {:8.0} samples/s", figures.training_samples_per_second);
+    println!("first batch after  {:8.3} s", figures.first_batch_seconds);
+    Ok(Outcome::Done)
 }
 
 fn all_reduce(against_mpi: bool, max_mib: usize, seconds: f64, json: bool) -> Result<Outcome, Failure> {

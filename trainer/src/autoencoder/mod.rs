@@ -57,6 +57,14 @@ enum Model {
 }
 
 impl Autoencoder {
+    /// The autoencoder that a command names: `quickstart`, or a weight file as [`Autoencoder::open`] reads.
+    ///
+    /// # Errors
+    /// As for [`Autoencoder::open`].
+    pub fn named(name: &Path, device: &Device) -> Result<Self, WeightsError> {
+        if name == Path::new("quickstart") { Ok(quickstart(device)) } else { Self::open(name, device) }
+    }
+
     /// Opens a weight file, or a folder with one. Where the file is one of a pair such as
     /// `taef2_encoder.pth` and `taef2_decoder.pth`, both are read. For an AutoencoderKL, `config.json`
     /// beside the weights is read where it is there, and else inferred from names and shapes.

@@ -42,6 +42,17 @@ impl Config {
                 return Err(ConfigError::value(key, value, "it must be 0 or more"));
             }
         }
+        let alignment = &self.alignment;
+        if !alignment.encoders.is_empty() && alignment.encoders.len() != alignment.z_dims.len() {
+            return Err(ConfigError::value(
+                "alignment.encoders",
+                alignment.encoders.len(),
+                format!(
+                    "it names one weight file for each width of alignment.z_dims, {:?}",
+                    alignment.z_dims
+                ),
+            ));
+        }
         self.sit().validate().map_err(|e| model_error(&e))?;
         self.sample.solver.validate().map_err(|e| solver_error(&e))?;
         self.objective.weighting().validate().map_err(|e| {

@@ -90,13 +90,15 @@ pub struct DataConfig {
     pub dir: PathBuf,
     /// Batches that the loader prepares ahead of the training thread.
     pub queue_depth: usize,
-    /// Threads that read and draw.
+    /// Threads that read and draw (and decode images, where encoders run on them).
     pub threads: usize,
+    /// Whether every other sample, at random, is taken mirrored; the store has to hold flipped copies.
+    pub flip: bool,
 }
 
 impl Default for DataConfig {
     fn default() -> Self {
-        Self { dir: "data/latents".into(), queue_depth: 4, threads: 1 }
+        Self { dir: "data/latents".into(), queue_depth: 4, threads: 1, flip: false }
     }
 }
 
@@ -156,6 +158,9 @@ pub struct AlignmentConfig {
     pub projector_dim: usize,
     /// Feature width of each encoder.
     pub z_dims: Vec<usize>,
+    /// Weight files of frozen encoders (or `quickstart-teacher`) that run on the stored images as
+    /// training goes, one for each of z_dims; empty: features are read from the store.
+    pub encoders: Vec<PathBuf>,
     /// What to do where the encoders' token grid differs from the model's: `none` (an error) or
     /// `bilinear`.
     pub resample: Resample,
@@ -178,6 +183,7 @@ impl Default for AlignmentConfig {
             encoder_depth: 4,
             projector_dim: 2048,
             z_dims: vec![768],
+            encoders: Vec::new(),
             resample: Resample::None,
         }
     }

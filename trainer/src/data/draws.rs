@@ -25,6 +25,8 @@ pub enum Purpose {
     Order = 8,
     /// Augmentations, when a small model is trained on images.
     Augment = 9,
+    /// Whether the mirrored image is taken.
+    Flip = 10,
 }
 
 /// One stream of draws.

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor};
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::images::Image;
 use crate::params::Params;
@@ -19,6 +20,9 @@ use preprocess::Preprocess;
 
 /// The quickstart's teacher (its card: `assets/quickstart-teacher.md`).
 const QUICKSTART: &[u8] = include_bytes!("../../assets/quickstart-teacher.safetensors");
+
+/// The quickstart's teacher by name, in stores and configurations.
+pub const QUICKSTART_ID: &str = "quickstart-teacher";
 
 /// Why an encoder cannot be opened or used.
 #[derive(Debug, thiserror::Error)]
@@ -99,6 +103,7 @@ impl EncoderFeatures {
 /// A frozen vision encoder.
 #[derive(Debug, Clone)]
 pub struct VisionEncoder {
+    id: String,
     model: DinoV2,
     config: DinoV2Config,
     preprocess: Preprocess,
@@ -125,7 +130,22 @@ impl VisionEncoder {
         let config = layouts::infer(&weights)?;
         let params = Params::from_weights(&Arc::new(config.layout()), &weights, device)?;
         let model = DinoV2::bind(&config, &params);
-        Ok(Self { model, config, preprocess: Preprocess::DINOV2, device: device.clone() })
+        Ok(Self {
+            id: identity(&config, &weights),
+            model,
+            config,
+            preprocess: Preprocess::DINOV2,
+            device: device.clone(),
+        })
+    }
+
+    /// The encoder that a configuration or command names: the quickstart's teacher by its name, or a
+    /// weight file.
+    ///
+    /// # Errors
+    /// As for [`VisionEncoder::open`].
+    pub fn named(name: &Path, device: &Device) -> Result<Self, EncoderError> {
+        if name == Path::new(QUICKSTART_ID) { Ok(Self::quickstart(device)) } else { Self::open(name, device) }
     }
 
     /// The quickstart's teacher: 64 x 64 images, 8 x 8 tokens. Its weights are part of the program.
@@ -133,7 +153,39 @@ impl VisionEncoder {
         Weights::from_safetensors(Path::new("(built-in quickstart teacher)"), QUICKSTART)
             .map_err(EncoderError::from)
             .and_then(|weights| Self::from_weights(&weights, device))
+            .map(|encoder| Self { id: QUICKSTART_ID.to_owned(), ..encoder })
             .expect("the built-in teacher is sound: a test opens it")
+    }
+
+    /// Tells encoders apart: the name that the weights give themselves (metadata `id`), or the model's
+    /// usual name and a digest of its weights, such as `dinov2-vit-b-0123abcd`.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Side of the input, in pixels, for square images of `resolution` pixels.
+    ///
+    /// # Errors
+    /// The resolution does not fit the encoder.
+    pub fn input_size(&self, resolution: usize) -> Result<usize, EncoderError> {
+        self.grid(resolution)?;
+        self.preprocess.input_size(resolution).ok_or(EncoderError::Fraction { resolution })
+    }
+
+    /// Where it runs.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// What is done to an image before the model sees it.
+    pub fn preprocessing(&self) -> Preprocess {
+        self.preprocess
+    }
+
+    /// Features of inputs that are preprocessed already, [N, 3, S, S].
+    pub fn forward_preprocessed(&self, input: Tensor<4>) -> EncoderFeatures {
+        let output = self.model.forward(input);
+        EncoderFeatures { patch_tokens: output.patch_tokens, cls: output.cls }
     }
 
     /// Width of the features.
@@ -181,9 +233,7 @@ impl VisionEncoder {
     /// # Errors
     /// The images are not square, or their size does not fit the encoder.
     pub fn forward(&self, images: Tensor<4>) -> Result<EncoderFeatures, EncoderError> {
-        let input = self.preprocess(images)?;
-        let output = self.model.forward(input);
-        Ok(EncoderFeatures { patch_tokens: output.patch_tokens, cls: output.cls })
+        Ok(self.forward_preprocessed(self.preprocess(images)?))
     }
 
     /// The model's input for images [N, 3, R, R] with values 0..255.
@@ -208,6 +258,27 @@ impl VisionEncoder {
 /// The quickstart's teacher: [`VisionEncoder::quickstart`].
 pub fn quickstart(device: &Device) -> VisionEncoder {
     VisionEncoder::quickstart(device)
+}
+
+/// The `id` of the file's metadata, or the model's usual name and a digest of all tensors.
+fn identity(config: &DinoV2Config, weights: &Weights) -> String {
+    if let Some(id) = weights.metadata.get("id") {
+        return id.clone();
+    }
+    let size = match config.embed_dim {
+        384 => "s".to_owned(),
+        768 => "b".to_owned(),
+        1024 => "l".to_owned(),
+        1536 => "g".to_owned(),
+        other => other.to_string(),
+    };
+    let registers = if config.registers > 0 { "-reg" } else { "" };
+    let mut digest = Xxh3::new();
+    for (name, tensor) in &weights.tensors {
+        digest.update(name.as_bytes());
+        digest.update(&tensor.bytes);
+    }
+    format!("dinov2-vit-{size}{registers}-{:08x}", digest.digest() >> 32)
 }
 
 #[cfg(test)]

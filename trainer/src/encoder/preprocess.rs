@@ -5,7 +5,7 @@
 use burn::tensor::{Device, Tensor, TensorData};
 
 use super::EncoderError;
-use super::resample::Bicubic;
+use super::resample::{Bicubic, plain_taps};
 use crate::images::Image;
 
 /// What an encoder wants done to an image.
@@ -29,6 +29,52 @@ impl Preprocess {
         let Some((to, from)) = self.resize else { return Some(resolution) };
         let scaled = resolution * to;
         (scaled.is_multiple_of(from) && scaled > 0).then(|| scaled / from)
+    }
+
+    /// [`Preprocess::apply`] for one image on the host, without a tensor: writes [3, S, S] to `out`. For
+    /// loader threads, which do it for every image.
+    ///
+    /// # Errors
+    /// As for [`Preprocess::apply`].
+    ///
+    /// # Panics
+    /// If `out` has another length.
+    pub fn apply_to(&self, image: &Image, out: &mut [f32]) -> Result<(), EncoderError> {
+        let (width, height) = (image.width, image.height);
+        if height != width {
+            return Err(EncoderError::NotSquare { height, width });
+        }
+        let size = self.input_size(height).ok_or(EncoderError::Fraction { resolution: height })?;
+        assert_eq!(out.len(), 3 * size * size, "the buffer for an input");
+        let taps: Vec<_> = (0..size).map(|i| plain_taps(i, height, size)).collect();
+        let mut plane = vec![0.0f32; height * height];
+        let mut wide = vec![0.0f32; height * size];
+        for (channel, out) in out.chunks_exact_mut(size * size).enumerate() {
+            let level = |p: u8| (f32::from(p) / 255.0 - self.mean[channel]) / self.std[channel];
+            let levels: [f32; 256] = std::array::from_fn(|p| level(p as u8));
+            let resized = size != height;
+            let normalised = if resized { &mut plane[..] } else { &mut *out };
+            for (to, pixel) in normalised.iter_mut().zip(image.pixels.as_chunks::<3>().0) {
+                *to = levels[usize::from(pixel[channel])];
+            }
+            if !resized {
+                continue;
+            }
+            for (to, from) in wide.chunks_exact_mut(size).zip(plane.chunks_exact(height)) {
+                for (to, taps) in to.iter_mut().zip(&taps) {
+                    *to = taps.iter().map(|&(at, weight)| from[at] * weight).sum();
+                }
+            }
+            for (to, taps) in out.chunks_exact_mut(size).zip(&taps) {
+                to.fill(0.0);
+                for &(row, weight) in taps {
+                    for (to, from) in to.iter_mut().zip(&wide[row * size..][..size]) {
+                        *to += from * weight;
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     /// [N, 3, R, R] in 0..255 -> normalised [N, 3, S, S], S = `input_size(R)`.
@@ -72,4 +118,28 @@ pub fn to_tensor(images: &[Image], device: &Device) -> Result<Tensor<4>, Encoder
         }
     }
     Ok(Tensor::from_data(TensorData::new(values, [images.len(), 3, height, width]), device))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(12))]
+        #[test]
+        fn the_host_form_is_the_tensor_form(seed: u64, eighths in 1usize..12, resize: bool) {
+            let side = eighths * 8;
+            let preprocess = Preprocess { resize: resize.then_some((224, 256)), ..Preprocess::DINOV2 };
+            let pixels = (0..3 * side * side).map(|i| ((i as u64 * 37).wrapping_add(seed).wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+            let image = Image { width: side, height: side, pixels };
+            let device = Device::flex();
+            let plain = preprocess.apply(to_tensor(std::slice::from_ref(&image), &device).unwrap()).unwrap();
+            let plain = plain.into_data().try_to_vec::<f32>().unwrap();
+            let mut host = vec![9.0; plain.len()];
+            preprocess.apply_to(&image, &mut host).unwrap();
+            let worst = host.iter().zip(&plain).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            prop_assert!(worst < 2e-5, "{worst}");
+        }
+    }
 }

@@ -48,13 +48,20 @@ impl Bicubic {
 }
 
 fn plain_row(i: usize, from: usize, to: usize, row: &mut [f32]) {
+    for (source, weight) in plain_taps(i, from, to) {
+        row[source] += weight;
+    }
+}
+
+/// The four inputs that output `i` of a line of `to` is made of, with their weights; edges are repeated.
+pub(super) fn plain_taps(i: usize, from: usize, to: usize) -> [(usize, f32); 4] {
     let centre = (i as f64 + 0.5) * from as f64 / to as f64 - 0.5;
     let first = centre.floor();
-    for tap in -1..=2 {
-        let position = first + f64::from(tap);
+    std::array::from_fn(|tap| {
+        let position = first + tap as f64 - 1.0;
         let source = position.clamp(0.0, (from - 1) as f64) as usize;
-        row[source] += cubic(position - centre, -0.75) as f32;
-    }
+        (source, cubic(position - centre, -0.75) as f32)
+    })
 }
 
 fn antialiased_row(i: usize, from: usize, to: usize, row: &mut [f32]) {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{EvaluateError, GaussianStatistics};
 use crate::Device;
 use crate::config::Config;
-use crate::data::store::LatentStore;
+use crate::data::{self, store::LatentStore};
 use crate::encoder::VisionEncoder;
 use crate::generate::{GenerateError, Generator, Which};
 use crate::images::Image;
@@ -65,7 +65,7 @@ pub fn evaluate_run(
     device: &Device,
     mut progress: impl FnMut(usize),
 ) -> Result<Evaluation, EvaluationError> {
-    let store = LatentStore::open(&config.data.dir).map_err(GenerateError::from)?;
+    let store = data::open(&config.data.dir).map_err(GenerateError::from)?;
     let real = stored_features(&store)?;
     let data = GaussianStatistics::of(&real.concat(), encoder.embed_dim())?;
     let distance = |images: &[Image]| -> Result<f64, EvaluationError> {
@@ -112,7 +112,7 @@ fn stored_features(store: &LatentStore) -> Result<Vec<Vec<f64>>, EvaluationError
     let mut tokens = vec![f16::ZERO; encoder.tokens * encoder.dim];
     (0..store.len())
         .map(|i| {
-            store.features(0, i, &mut tokens).map_err(GenerateError::from)?;
+            store.features(0, i, false, &mut tokens).map_err(GenerateError::from)?;
             Ok(pool(tokens.iter().map(|v| v.to_f64()), encoder.tokens, encoder.dim))
         })
         .collect()
@@ -146,7 +146,7 @@ fn class_means(
     let mut counts = vec![0usize; contents.classes];
     let mut stored = vec![0.0f32; contents.stored_len()];
     for i in 0..store.len() {
-        store.latent(i, &mut stored).map_err(GenerateError::from)?;
+        store.latent(i, false, &mut stored).map_err(GenerateError::from)?;
         let label = store.label(i).map_err(GenerateError::from)? as usize;
         counts[label] += 1;
         // Of moments, the mean comes first.

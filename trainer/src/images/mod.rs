@@ -57,11 +57,24 @@ impl Image {
     /// # Errors
     /// The bytes are no sound image.
     pub fn decode(path: &Path, bytes: &[u8]) -> Result<Self, ImageError> {
-        let decoded = image::load_from_memory(bytes)
-            .map_err(|e| ImageError::Format { path: path.to_owned(), problem: e.to_string() })?
-            .into_rgb8();
+        Self::from_bytes(bytes).map_err(|problem| ImageError::Format { path: path.to_owned(), problem })
+    }
+
+    /// Decodes a PNG or JPEG file in memory.
+    ///
+    /// # Errors
+    /// What is wrong with the bytes.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, String> {
+        let decoded = image::load_from_memory(bytes).map_err(|e| e.to_string())?.into_rgb8();
         let (width, height) = (decoded.width() as usize, decoded.height() as usize);
         Ok(Self { width, height, pixels: decoded.into_raw() })
+    }
+
+    /// Mirrors it left to right.
+    pub fn mirror(&mut self) {
+        for row in self.pixels.chunks_exact_mut(3 * self.width.max(1)) {
+            row.as_chunks_mut::<3>().0.reverse();
+        }
     }
 }
 

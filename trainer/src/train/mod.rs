@@ -2,6 +2,7 @@
 
 mod compute;
 mod error;
+mod feed;
 mod folder;
 mod inputs;
 mod saving;
@@ -69,15 +70,16 @@ fn begin(loaded: &Loaded, comm: &dyn Communicator, stop: &mut StopRequest) -> Re
     let config = &loaded.config;
     let local = || -> Result<_, TrainError> {
         let device = session::open_device(config, comm)?;
-        Ok((device, session::open_store(config)?))
+        let data = feed::Data::open(config, &device)?;
+        Ok((device, data))
     };
-    let (device, store) = agree(comm, local())?;
+    let (device, data) = agree(comm, local())?;
     saving::same_settings(loaded, comm)?;
     let claimed = if comm.rank() == 0 { saving::claim(loaded, comm, stop).map(Some) } else { Ok(None) };
     let claimed = agree(comm, claimed)?;
     let (folder, found) = claimed.map_or((None, None), |(folder, found)| (Some(folder), found));
     let state = saving::restore(config, comm, found)?;
-    let session = agree(comm, Session::open(config, comm, &store, &device, state, folder))?;
+    let session = agree(comm, Session::open(config, comm, &data, &device, state, folder))?;
     agree(comm, session.announce(config, comm))?;
     Ok(session)
 }
@@ -97,7 +99,7 @@ impl Session {
         stop: &StopRequest,
     ) -> Result<bool, TrainError> {
         let started = Instant::now();
-        let (batch, data_wait) = self.loader.next()?;
+        let (batch, data_wait) = self.feed.next()?;
 
         let computing = Instant::now();
         let scale = self.state.loss_scale(config);
@@ -139,7 +141,7 @@ impl Session {
             optimizer_seconds: optimizer.as_secs_f64(),
         };
         self.tell(&record.rounded(), batch.len(), config)?;
-        self.loader.recycle(batch);
+        self.feed.recycle(batch);
         Ok(asked > 0.0)
     }
 

@@ -14,7 +14,11 @@ use crate::telemetry::names;
 
 /// Sections of the configuration that decide the weights and the data order: a run goes on only with
 /// the same.
-const DECISIVE: [&str; 5] = ["model.", "alignment.", "objective.", "train.seed", "train.global_batch"];
+const DECISIVE: [&str; 6] =
+    ["model.", "alignment.", "objective.", "train.seed", "train.global_batch", "data.flip"];
+
+/// Of those, what may be elsewhere on another machine.
+const PLACES: [&str; 1] = ["alignment.encoders"];
 
 /// Checks that all ranks have the same settings: they read their files and environments themselves.
 pub(super) fn same_settings(loaded: &Loaded, comm: &dyn Communicator) -> Result<(), RemoteError> {
@@ -78,8 +82,9 @@ pub(super) fn claim(
 fn same_run(config: &Config, found: &Checkpoint) -> Result<(), TrainError> {
     let now = serde_json::to_value(config).expect("the configuration serialises");
     let mut differing = Vec::new();
-    compare("", &found.manifest().config, &now, &mut |key, then, now| {
-        if DECISIVE.iter().any(|part| key.starts_with(part)) {
+    let default = serde_json::to_value(Config::default()).expect("the configuration serialises");
+    compare("", [&found.manifest().config, &default], &now, &mut |key, then, now| {
+        if DECISIVE.iter().any(|part| key.starts_with(part)) && !PLACES.contains(&key) {
             differing.push(format!("{key} was {then} and is {now}"));
         }
     });
@@ -91,13 +96,15 @@ fn same_run(config: &Config, found: &Checkpoint) -> Result<(), TrainError> {
 
 type Json = serde_json::Value;
 
-/// Calls `visit` for every key whose values differ.
-fn compare(prefix: &str, then: &Json, now: &Json, visit: &mut dyn FnMut(&str, &Json, &Json)) {
+/// Calls `visit` for every key whose values differ. A key that the older configuration lacks, because the
+/// program did not have it then, had its default value.
+fn compare(prefix: &str, [then, default]: [&Json; 2], now: &Json, visit: &mut dyn FnMut(&str, &Json, &Json)) {
     match (then, now) {
         (Json::Object(a), Json::Object(b)) => {
             for (key, now) in b {
                 let path = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
-                compare(&path, a.get(key).unwrap_or(&Json::Null), now, visit);
+                let default = default.get(key).unwrap_or(&Json::Null);
+                compare(&path, [a.get(key).unwrap_or(default), default], now, visit);
             }
         }
         _ if then != now => visit(prefix, then, now),

@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use repa_comm::Communicator;
 
+use super::feed::{Data, Feed};
 use super::folder::{self, RunFolder};
 use super::{Compute, State, TrainError};
 use crate::Device;
-use crate::config::{Config, ConfigError, Loaded, Resample};
-use crate::data::loader::{Loader, LoaderPlan};
-use crate::data::store::{Expected, LatentStore};
+use crate::config::{Config, ConfigError, Loaded};
+use crate::data::loader::LoaderPlan;
 use crate::params::Layout;
 use crate::telemetry::exporter::{self, Identity};
 use crate::telemetry::progress::Progress;
@@ -22,7 +22,7 @@ pub(super) struct Session {
     pub(super) state: State,
     pub(super) compute: Compute,
     pub(super) gradients: Vec<f32>,
-    pub(super) loader: Loader,
+    pub(super) feed: Feed,
     pub(super) skipped_in_a_row: u64,
     /// Step and lowest rank at which the present row of skipped steps began.
     pub(super) first_skipped: (u64, usize),
@@ -44,7 +44,7 @@ impl Session {
     pub(super) fn open(
         config: &Config,
         comm: &dyn Communicator,
-        store: &Arc<LatentStore>,
+        data: &Data,
         device: &Device,
         state: State,
         folder: Option<RunFolder>,
@@ -59,6 +59,7 @@ impl Session {
             queue_depth: config.data.queue_depth,
             threads: config.data.threads,
             label_drop: config.objective.label_drop,
+            flip: config.data.flip,
             features: !config.alignment.z_dims.is_empty(),
             ..LoaderPlan::default()
         };
@@ -82,9 +83,9 @@ impl Session {
             })
             .transpose()?;
         Ok(Self {
-            compute: Compute::new(config, &layout, store.index(), device),
+            compute: Compute::new(config, &layout, data.index(), device),
             gradients: vec![0.0; layout.trainable_len()],
-            loader: Loader::start(store.clone(), plan)?,
+            feed: data.feed(plan)?,
             skipped_in_a_row: 0,
             first_skipped: (0, 0),
             layout,
@@ -168,47 +169,6 @@ impl Lead {
             problem: "write to",
             source,
         })
-    }
-}
-
-/// Opens the store of a configuration, and checks that it is what the model needs.
-pub(super) fn open_store(config: &Config) -> Result<Arc<LatentStore>, TrainError> {
-    let sit = config.sit();
-    let store = LatentStore::open(&config.data.dir)?;
-    let tokens = sit.tokens();
-    let mut on_grid = tokens;
-    if !sit.z_dims.is_empty()
-        && let Some(encoder) = store.index().contents.encoders.iter().find(|e| e.tokens != tokens)
-    {
-        match config.alignment.resample {
-            Resample::Bilinear if encoder.tokens.isqrt().pow(2) == encoder.tokens => on_grid = encoder.tokens,
-            _ => {
-                let problem = format!(
-                    "the model has a grid of {} tokens and the features of {} one of {}: change model.patch_size or \
-                     model.input_size, or set alignment.resample=bilinear (square grids only)",
-                    grid(tokens),
-                    encoder.id,
-                    grid(encoder.tokens)
-                );
-                return Err(ConfigError::value("alignment.resample", "none", problem).into());
-            }
-        }
-    }
-    store.expect(&Expected {
-        channels: sit.in_channels,
-        input_size: sit.input_size,
-        classes: sit.num_classes,
-        tokens: on_grid,
-        z_dims: sit.z_dims,
-    })?;
-    Ok(Arc::new(store))
-}
-
-/// A number of tokens as people see it: `8 x 8`.
-fn grid(tokens: usize) -> String {
-    match tokens.isqrt() {
-        side if side * side == tokens => format!("{side} x {side}"),
-        _ => tokens.to_string(),
     }
 }
 

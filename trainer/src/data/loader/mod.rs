@@ -3,6 +3,7 @@
 //! sample numbers alone: not from the number of threads, and not from the world size.
 
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
@@ -39,6 +40,8 @@ pub struct LoaderPlan {
     pub features: bool,
     /// Whether to read the encoded images.
     pub images: bool,
+    /// Whether every other sample, by a draw of its own, is taken mirrored.
+    pub flip: bool,
     /// Whether to draw noise and posterior eps (a benchmark of reading alone does without).
     pub draws: bool,
 }
@@ -56,9 +59,27 @@ impl Default for LoaderPlan {
             label_drop: 0.1,
             features: true,
             images: false,
+            flip: false,
             draws: true,
         }
     }
+}
+
+/// What loader threads make of a sample's encoded image.
+pub trait ImageTransform: Send + Sync {
+    /// Numbers that an image becomes.
+    fn len(&self) -> usize;
+
+    /// Whether it becomes none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Writes them to `out`; `flipped` asks for those of the mirrored image.
+    ///
+    /// # Errors
+    /// What is wrong with the image.
+    fn apply(&self, encoded: &[u8], flipped: bool, out: &mut [f32]) -> Result<(), String>;
 }
 
 /// Why there is no next batch.
@@ -78,6 +99,19 @@ pub enum LoaderError {
         /// What it should be.
         fix: &'static str,
     },
+    /// An image cannot be used.
+    #[error("the image of sample {sample} of {}: {problem}", dir.display())]
+    Image {
+        /// The store.
+        dir: PathBuf,
+        /// Its number in the store.
+        sample: usize,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// What makes features of images failed.
+    #[error("cannot compute features: {0}")]
+    Features(String),
     /// The threads cannot be started.
     #[error("cannot start a loader thread: {0}")]
     Thread(std::io::Error),
@@ -108,10 +142,14 @@ pub struct Batch {
     pub labels: Vec<u32>,
     /// Labels as stored; [B].
     pub labels_original: Vec<u32>,
+    /// Which samples are the mirrored ones; [B].
+    pub flipped: Vec<bool>,
     /// Features by encoder; [B, tokens, dim] each.
     pub features: Vec<Vec<f16>>,
-    /// Encoded images; [B] where the plan asks for them.
+    /// Encoded images, never mirrored; [B] where the plan asks for them.
     pub images: Vec<Vec<u8>>,
+    /// What the transform made of the images; [B, its length].
+    pub pixels: Vec<f32>,
 }
 
 impl Batch {
@@ -127,10 +165,12 @@ impl Batch {
         self.indices.is_empty()
     }
 
-    /// Bytes read from the store for it (without images).
+    /// Bytes read from the store for it.
     #[must_use]
     pub fn stored_bytes(&self) -> usize {
-        self.latents.len() * 4 + self.features.iter().map(|f| f.len() * 2).sum::<usize>()
+        self.latents.len() * 4
+            + self.features.iter().map(|f| f.len() * 2).sum::<usize>()
+            + self.images.iter().map(Vec::len).sum::<usize>()
     }
 }
 
@@ -156,6 +196,19 @@ impl Loader {
     /// # Errors
     /// [`LoaderError::Plan`] names the setting that makes no sense; [`LoaderError::Thread`].
     pub fn start(store: Arc<LatentStore>, plan: LoaderPlan) -> Result<Self, LoaderError> {
+        Self::start_with(store, plan, None)
+    }
+
+    /// Starts reading ahead, and puts every image through `transform` (which implies `plan.images`).
+    ///
+    /// # Errors
+    /// As for [`Loader::start`].
+    pub fn start_with(
+        store: Arc<LatentStore>,
+        mut plan: LoaderPlan,
+        transform: Option<Arc<dyn ImageTransform>>,
+    ) -> Result<Self, LoaderError> {
+        plan.images |= transform.is_some();
         check(&plan, &store)?;
         let shared = Arc::new(Shared::default());
         let mut loader = Self { queues: Vec::new(), threads: Vec::new(), shared, next: 0, failed: false };
@@ -163,7 +216,8 @@ impl Loader {
         for thread in 0..plan.threads {
             // The batch that a thread holds while its queue is full counts as one of the depth.
             let (sender, queue) = sync_channel(depth - 1);
-            let reader = Reader::new(Arc::clone(&store), plan.clone());
+            let reader =
+                Reader { transform: transform.clone(), ..Reader::new(Arc::clone(&store), plan.clone()) };
             let shared = Arc::clone(&loader.shared);
             let handle = std::thread::Builder::new()
                 .name(format!("loader-{thread}"))
@@ -245,6 +299,14 @@ fn check(plan: &LoaderPlan, store: &LatentStore) -> Result<(), LoaderError> {
     if plan.images && !store.index().contents.images {
         return bad("images", "true".to_owned(), "the data set keeps no images; make it again with them");
     }
+    // Latents are not mirrored by mirroring their pixels: the data set has to hold both.
+    if plan.flip && !store.index().contents.flips {
+        return bad(
+            "data.flip",
+            "true".to_owned(),
+            "the data set holds no flipped copies; make it again with `repa-dist data encode --flips`",
+        );
+    }
     Ok(())
 }
 
@@ -257,6 +319,8 @@ struct Reader {
     noise: Draws,
     time: Draws,
     label_drop: Draws,
+    flip: Draws,
+    transform: Option<Arc<dyn ImageTransform>>,
 }
 
 impl Reader {
@@ -268,6 +332,8 @@ impl Reader {
             noise: draws(Purpose::Noise),
             time: draws(Purpose::Time),
             label_drop: draws(Purpose::LabelDrop),
+            flip: draws(Purpose::Flip),
+            transform: None,
             store,
             plan,
         }
@@ -299,6 +365,7 @@ impl Reader {
         let eps = if plan.draws && spec.kind == Kind::Moments { plane } else { 0 };
         let noise = if plan.draws { plane } else { 0 };
         let encoders = if plan.features { spec.encoders.as_slice() } else { &[] };
+        let pixels = self.transform.as_ref().map_or(0, |transform| transform.len());
 
         batch.samples = samples.clone();
         batch.indices.clear();
@@ -310,9 +377,11 @@ impl Reader {
             features.resize(count * e.tokens * e.dim, f16::ZERO);
         }
         batch.images.resize_with(if plan.images { count } else { 0 }, Vec::new);
+        batch.pixels.resize(count * pixels, 0.0);
         for list in [&mut batch.labels, &mut batch.labels_original] {
             list.clear();
         }
+        batch.flipped.clear();
         batch.time_uniform.clear();
         batch.time_normal.clear();
 
@@ -322,13 +391,21 @@ impl Reader {
             }
             let i = self.order.index(sample);
             batch.indices.push(i);
-            self.store.latent(i, &mut batch.latents[row * stored..][..stored])?;
+            let flipped = plan.flip && self.flip.uniform_one(sample, 0) < 0.5;
+            batch.flipped.push(flipped);
+            self.store.latent(i, flipped, &mut batch.latents[row * stored..][..stored])?;
             for (k, (features, e)) in batch.features.iter_mut().zip(encoders).enumerate() {
                 let len = e.tokens * e.dim;
-                self.store.features(k, i, &mut features[row * len..][..len])?;
+                self.store.features(k, i, flipped, &mut features[row * len..][..len])?;
             }
             if plan.images {
                 self.store.image(i, &mut batch.images[row])?;
+            }
+            if let Some(transform) = &self.transform {
+                let pixels = &mut batch.pixels[row * pixels..][..pixels];
+                transform.apply(&batch.images[row], flipped, pixels).map_err(|problem| {
+                    LoaderError::Image { dir: self.store.dir().to_owned(), sample: i, problem }
+                })?;
             }
             let label = self.store.label(i)?;
             batch.labels_original.push(label);

@@ -1,6 +1,6 @@
 use super::*;
 use crate::data::bench::{imagenet_spec, synthetic_store};
-use crate::data::store::{EncoderSpec, StoreSpec};
+use crate::data::store::{EncoderSpec, Sample, StoreSpec, StoreWriter, View};
 use proptest::prelude::*;
 use tempfile::TempDir;
 
@@ -45,7 +45,9 @@ fn rows(batch: &Batch) -> Vec<(u64, Batch)> {
                     .iter()
                     .map(|f| f[i * (f.len() / n)..(i + 1) * (f.len() / n)].to_vec())
                     .collect(),
-                images: vec![batch.images[i].clone()],
+                flipped: vec![batch.flipped[i]],
+                images: batch.images.get(i).cloned().into_iter().collect(),
+                pixels: cut(&batch.pixels, i),
             };
             (sample, row)
         })
@@ -90,7 +92,7 @@ fn a_batch_holds_the_stored_sample_and_the_draws_of_its_number() {
         for (sample, row) in collect(&store, &LoaderPlan { start_sample: 20, ..plan(5) }, 3) {
             let i = order.index(sample);
             let mut latent = vec![0.0; spec.stored_len()];
-            store.latent(i, &mut latent).unwrap();
+            store.latent(i, false, &mut latent).unwrap();
             assert_eq!((row.indices[0], &row.latents), (i, &latent));
             assert_eq!(row.labels_original[0], store.label(i).unwrap());
             let mut normal = vec![0.0; spec.latent_len()];
@@ -106,6 +108,76 @@ fn a_batch_holds_the_stored_sample_and_the_draws_of_its_number() {
             assert_eq!(row.images[0], image);
         }
     }
+}
+
+#[test]
+fn about_half_of_the_samples_are_mirrored_and_the_world_size_changes_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("store");
+    let spec = StoreSpec { kind: Kind::Latents, height: 2, width: 2, flips: true, ..imagenet_spec(false) };
+    let writer = StoreWriter::create(&dir, spec).unwrap();
+    let mut shard = writer.shard(0, SAMPLES).unwrap();
+    for i in 0..SAMPLES {
+        let [a, b] = [i as f32, -1.0 - i as f32].map(|x| vec![x; 16]);
+        let view = View { latent: &a, features: &[] };
+        let flipped = Some(View { latent: &b, features: &[] });
+        shard.push(&Sample { label: 0, view, flipped, image: &[] }).unwrap();
+    }
+    shard.finish().unwrap();
+    writer.commit(1).unwrap();
+    let store = Arc::new(LatentStore::open(&dir).unwrap());
+    let plan = LoaderPlan { images: false, flip: true, ..plan(50) };
+    let rows = collect(&store, &plan, 20);
+    for (sample, row) in &rows {
+        let i = row.indices[0] as f32;
+        let expected = if row.flipped[0] { -1.0 - i } else { i };
+        assert!(row.latents.iter().all(|&x| x == expected), "sample {sample}");
+    }
+    let flipped = rows.iter().filter(|(_, r)| r.flipped[0]).count();
+    assert!((430..570).contains(&flipped), "{flipped} of 1000");
+    assert!(collect(&store, &LoaderPlan { world: 3, ..plan.clone() }, 20) == rows);
+    let straight = collect(&store, &LoaderPlan { flip: false, ..plan }, 20);
+    assert!(straight.iter().all(|(_, r)| !r.flipped[0]));
+}
+
+/// The first byte of an image; one image is bad.
+struct First {
+    bad: Option<Vec<u8>>,
+}
+
+impl ImageTransform for First {
+    fn len(&self) -> usize {
+        1
+    }
+
+    fn apply(&self, encoded: &[u8], _flipped: bool, out: &mut [f32]) -> Result<(), String> {
+        if self.bad.as_deref() == Some(encoded) {
+            return Err("is no image".to_owned());
+        }
+        out[0] = f32::from(encoded[0]);
+        Ok(())
+    }
+}
+
+#[test]
+fn images_go_through_the_transform_and_a_bad_one_is_named() {
+    let (_folder, store) = store(Kind::Moments);
+    let start = |bad: Option<Vec<u8>>| {
+        let plan = LoaderPlan { images: false, threads: 2, ..plan(4) };
+        Loader::start_with(Arc::clone(&store), plan, Some(Arc::new(First { bad }))).unwrap()
+    };
+    let mut loader = start(None);
+    for _ in 0..20 {
+        let (batch, _) = loader.next().unwrap();
+        let expected: Vec<f32> = batch.images.iter().map(|image| f32::from(image[0])).collect();
+        assert_eq!(batch.pixels, expected);
+        loader.recycle(batch);
+    }
+    let mut bad = Vec::new();
+    store.image(7, &mut bad).unwrap();
+    let mut loader = start(Some(bad));
+    let error = (0..20).find_map(|_| loader.next().err()).expect("sample 7 comes once an epoch").to_string();
+    assert!(error.contains("the image of sample 7 of") && error.contains("is no image"), "{error}");
 }
 
 #[test]

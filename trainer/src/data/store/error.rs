@@ -87,6 +87,25 @@ pub enum StoreError {
         /// What is wrong with it.
         problem: String,
     },
+    /// A foreign layout cannot be read in place.
+    #[error("{}: {problem}", path.display())]
+    Layout {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A file of a foreign layout, read in place, is not what the others are.
+    #[error(
+        "{} {problem}: mend it, or import the tree with `repa-dist data import`, which can leave files out",
+        path.display()
+    )]
+    Member {
+        /// The file, below its archive where it is in one.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// A sample that is not fit to be stored.
     #[error("sample {sample} for {}: {problem}", path.display())]
     Sample {

@@ -122,6 +122,9 @@ pub struct StoreSpec {
     pub encoders: Vec<EncoderSpec>,
     /// Whether the encoded images are stored.
     pub images: bool,
+    /// Whether latents and features of the mirrored images are stored beside the others.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub flips: bool,
     /// Where the samples came from, in words.
     pub source: String,
 }
@@ -148,7 +151,8 @@ impl StoreSpec {
         let element = if self.precision == Precision::F32 { 4 } else { 2 };
         let features: usize = self.encoders.iter().map(|e| e.tokens * e.dim * 2).sum();
         let image = if self.images { self.resolution * self.resolution } else { 0 };
-        let bytes = (self.stored_len() * element + features + image).max(1);
+        let views = if self.flips { 2 } else { 1 };
+        let bytes = ((self.stored_len() * element + features) * views + image).max(1);
         let fit = ((1usize << 30) / bytes).max(1);
         (1 << fit.ilog2()).clamp(64, 16384)
     }
@@ -283,6 +287,19 @@ impl Index {
         }
     }
 
+    /// The index of a foreign layout that is read in place: no shards, and no statistics.
+    pub(in crate::data) fn in_place(contents: StoreSpec, samples: u64, normalisation: Normalisation) -> Self {
+        Self {
+            format: FORMAT.to_owned(),
+            version: VERSION,
+            samples,
+            contents,
+            normalisation,
+            statistics: Statistics { mean: Vec::new(), std: Vec::new() },
+            shards: Vec::new(),
+        }
+    }
+
     /// Reads and checks an index; `path` is for messages.
     pub(super) fn parse(path: &Path, text: &str) -> Result<Self, StoreError> {
         #[derive(Deserialize)]
@@ -395,14 +412,16 @@ impl Index {
             (Kind::Moments, Spread::Logvar) => "moments (mean, log variance)",
             (Kind::Latents, _) => "plain, no posterior",
         };
+        let place = match self.shards.len() {
+            0 => "read in place, in REPA's layout".to_owned(),
+            shards => format!("in {shards} shards, {:.3} GB", bytes as f64 / 1e9),
+        };
         let mut text = format!(
-            "samples      {} in {} shards, {:.3} GB\n\
+            "samples      {} {place}\n\
              latents      {what}, {} x {} x {}, {:?}, by {}\n\
              images       {} pixels, {}\n\
              classes      {}\n",
             self.samples,
-            self.shards.len(),
-            bytes as f64 / 1e9,
             c.channels,
             c.height,
             c.width,
@@ -412,11 +431,19 @@ impl Index {
             if c.images { "stored" } else { "not stored" },
             c.classes,
         );
+        if c.flips {
+            text.push_str("flips        latents and features of the mirrored images as well\n");
+        }
         for e in &c.encoders {
             let _ = writeln!(text, "features     {}: {} tokens of {}", e.id, e.tokens, e.dim);
         }
-        let _ = writeln!(text, "channel mean {:.4?}", self.statistics.mean);
-        let _ = writeln!(text, "channel std  {:.4?}", self.statistics.std);
+        if (1..=20).contains(&c.class_names.len()) {
+            let _ = writeln!(text, "names        {}", c.class_names.join(", "));
+        }
+        if !self.statistics.mean.is_empty() {
+            let _ = writeln!(text, "channel mean {:.4?}", self.statistics.mean);
+            let _ = writeln!(text, "channel std  {:.4?}", self.statistics.std);
+        }
         let _ = writeln!(
             text,
             "scale        {:.5?}, shift {:.4?}",

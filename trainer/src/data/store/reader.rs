@@ -8,11 +8,12 @@ use std::sync::OnceLock;
 use half::f16;
 use half::slice::HalfFloatSliceExt as _;
 
+use super::check::logvar_to_std;
 use super::shard::{self, IMAGE_ENDS, LABELS, Places};
-use super::writer::{logvar_to_std, partial_dir};
+use super::writer::partial_dir;
 use super::{Expected, INDEX_FILE, Index, Kind, Precision, Spread, StoreError};
 
-/// A whole store, open for reading by any number of threads.
+/// A whole store, or a foreign layout read in place; open for reading by any number of threads.
 #[derive(Debug)]
 pub struct LatentStore {
     dir: PathBuf,
@@ -22,6 +23,17 @@ pub struct LatentStore {
     shards: Vec<OnceLock<Shard>>,
     latent_field: usize,
     items: Vec<u64>,
+    foreign: Option<Box<dyn Foreign>>,
+}
+
+/// Samples in a layout that is not ours, read in place: float32 latents, no features, no flipped copies.
+pub(in crate::data) trait Foreign: std::fmt::Debug + Send + Sync {
+    /// As [`LatentStore::latent`], with the spread as it is stored.
+    fn latent(&self, i: usize, out: &mut [f32]) -> Result<(), StoreError>;
+    /// As [`LatentStore::label`].
+    fn label(&self, i: usize) -> Result<u32, StoreError>;
+    /// As [`LatentStore::image`].
+    fn image(&self, i: usize, out: &mut Vec<u8>) -> Result<(), StoreError>;
 }
 
 /// An open shard. Labels and image ends are held: 16 bytes a sample at most.
@@ -73,6 +85,17 @@ impl LatentStore {
         Ok(store)
     }
 
+    /// A foreign layout at `dir` that holds what `index` (which lists no shards) says.
+    pub(in crate::data) fn in_place(dir: &Path, index: Index, foreign: Box<dyn Foreign>) -> Self {
+        Self { foreign: Some(foreign), ..Self::with_index(dir, index) }
+    }
+
+    /// Whether this is another layout, read in place.
+    #[must_use]
+    pub fn is_foreign(&self) -> bool {
+        self.foreign.is_some()
+    }
+
     fn with_index(dir: &Path, index: Index) -> Self {
         let mut starts = vec![0];
         for shard in &index.shards {
@@ -81,7 +104,7 @@ impl LatentStore {
         let shards = index.shards.iter().map(|_| OnceLock::new()).collect();
         let latent_field = shard::latent_field(&index.contents);
         let items = shard::fields(&index.contents).iter().map(|f| f.item).collect();
-        Self { dir: dir.to_owned(), index, starts, shards, latent_field, items }
+        Self { dir: dir.to_owned(), index, starts, shards, latent_field, items, foreign: None }
     }
 
     /// The folder.
@@ -112,21 +135,24 @@ impl LatentStore {
     }
 
     /// Reads the moments (mean ‖ std, whichever spread is stored) or the latent of sample `i` into
-    /// `out`, as float32 and not normalised: `contents.stored_len()` elements.
+    /// `out`, as float32 and not normalised: `contents.stored_len()` elements. `flipped` takes those of
+    /// the mirrored image.
     ///
     /// # Errors
     /// The shard cannot be read, or is not what the index says.
     ///
     /// # Panics
-    /// If `i` is not below [`Self::len`], or `out` has another length.
-    pub fn latent(&self, i: usize, out: &mut [f32]) -> Result<(), StoreError> {
+    /// If `i` is not below [`Self::len`], `out` has another length, or there are no flipped copies.
+    pub fn latent(&self, i: usize, flipped: bool, out: &mut [f32]) -> Result<(), StoreError> {
         let spec = &self.index.contents;
         assert_eq!(out.len(), spec.stored_len(), "the buffer for a latent");
-        match spec.precision {
-            Precision::F32 => self.read_item(i, self.latent_field, bytemuck::cast_slice_mut(out))?,
-            Precision::F16 => {
+        let field = self.view_field(flipped);
+        match (&self.foreign, spec.precision) {
+            (Some(foreign), _) => foreign.latent(i, out)?,
+            (None, Precision::F32) => self.read_item(i, field, bytemuck::cast_slice_mut(out))?,
+            (None, Precision::F16) => {
                 let mut halves = vec![f16::ZERO; out.len()];
-                self.read_item(i, self.latent_field, shard::f16_bytes_mut(&mut halves))?;
+                self.read_item(i, field, shard::f16_bytes_mut(&mut halves))?;
                 halves.convert_to_f32_slice(out);
             }
         }
@@ -144,6 +170,9 @@ impl LatentStore {
     /// # Panics
     /// If `i` is not below [`Self::len`].
     pub fn label(&self, i: usize) -> Result<u32, StoreError> {
+        if let Some(foreign) = &self.foreign {
+            return foreign.label(i);
+        }
         let (shard, row) = self.locate(i)?;
         let label = shard.labels[row as usize];
         let classes = self.index.contents.classes;
@@ -156,17 +185,24 @@ impl LatentStore {
         }
     }
 
-    /// Reads the features of encoder number `encoder` for sample `i`: tokens * dim elements.
+    /// Reads the features of encoder number `encoder` for sample `i`: tokens * dim elements. `flipped`
+    /// takes those of the mirrored image.
     ///
     /// # Errors
     /// The shard cannot be read, or is not what the index says.
     ///
     /// # Panics
-    /// If `i` or `encoder` is out of range, or `out` has another length.
-    pub fn features(&self, encoder: usize, i: usize, out: &mut [f16]) -> Result<(), StoreError> {
+    /// If `i` or `encoder` is out of range, `out` has another length, or there are no flipped copies.
+    pub fn features(
+        &self,
+        encoder: usize,
+        i: usize,
+        flipped: bool,
+        out: &mut [f16],
+    ) -> Result<(), StoreError> {
         let spec = &self.index.contents.encoders[encoder];
         assert_eq!(out.len(), spec.tokens * spec.dim, "the buffer for features");
-        self.read_item(i, self.latent_field + 1 + encoder, shard::f16_bytes_mut(out))
+        self.read_item(i, self.view_field(flipped) + 1 + encoder, shard::f16_bytes_mut(out))
     }
 
     /// The encoded image (PNG, JPEG) of sample `i`, in place of what `out` holds.
@@ -181,6 +217,9 @@ impl LatentStore {
             let problem = "it keeps no images: make it again with images".to_owned();
             return Err(StoreError::Mismatch { dir: self.dir.clone(), problem });
         }
+        if let Some(foreign) = &self.foreign {
+            return foreign.image(i, out);
+        }
         let (shard, row) = self.locate(i)?;
         shard.image(row as usize, out)
     }
@@ -188,6 +227,13 @@ impl LatentStore {
     /// First sample of shard `number`; of the number of shards, the number of samples.
     pub(super) fn start(&self, number: usize) -> u64 {
         self.starts[number]
+    }
+
+    /// The field of the latents; the features of the same view follow it.
+    fn view_field(&self, flipped: bool) -> usize {
+        let spec = &self.index.contents;
+        assert!(spec.flips || !flipped, "flipped copies of a store without");
+        self.latent_field + usize::from(flipped) * (1 + spec.encoders.len())
     }
 
     fn read_item(&self, i: usize, field: usize, out: &mut [u8]) -> Result<(), StoreError> {

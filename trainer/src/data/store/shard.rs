@@ -45,19 +45,23 @@ pub(super) fn fields(spec: &StoreSpec) -> Vec<Field> {
         Kind::Moments => ("moments", 2 * spec.channels),
         Kind::Latents => ("latents", spec.channels),
     };
-    let shape = vec![channels, spec.height, spec.width];
-    fields.push(match spec.precision {
-        Precision::F32 => field(name, "F32", 4, shape),
-        Precision::F16 => field(name, "F16", 2, shape),
-    });
-    for encoder in &spec.encoders {
-        let name = format!("features.{}", encoder.id);
-        fields.push(field(&name, "F16", 2, vec![encoder.tokens, encoder.dim]));
+    let (dtype, element) = match spec.precision {
+        Precision::F32 => ("F32", 4),
+        Precision::F16 => ("F16", 2),
+    };
+    for flipped in if spec.flips { &["", "_flipped"][..] } else { &[""] } {
+        let shape = vec![channels, spec.height, spec.width];
+        fields.push(field(&format!("{name}{flipped}"), dtype, element, shape));
+        for encoder in &spec.encoders {
+            let name = format!("features{flipped}.{}", encoder.id);
+            fields.push(field(&name, "F16", 2, vec![encoder.tokens, encoder.dim]));
+        }
     }
     fields
 }
 
-/// Position of the latents in [`fields`]; the first encoder's features come next.
+/// Position of the latents in [`fields`]; the encoders' features come next, then the same of the
+/// mirrored image.
 pub(super) fn latent_field(spec: &StoreSpec) -> usize {
     if spec.images { IMAGE_ENDS + 1 } else { LABELS + 1 }
 }

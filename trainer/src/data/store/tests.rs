@@ -25,6 +25,7 @@ fn spec() -> StoreSpec {
         class_names: ["a", "b", "c", "d", "e"].map(str::to_owned).to_vec(),
         encoders: vec![EncoderSpec { id: "eye".to_owned(), tokens: 3, dim: 4 }],
         images: true,
+        flips: false,
         source: "made up".to_owned(),
     }
 }
@@ -50,7 +51,7 @@ fn says(message: &str, parts: &[&str]) {
 struct Made {
     latent: Vec<f32>,
     label: u32,
-    features: Vec<f16>,
+    features: Vec<Vec<f16>>,
     image: Vec<u8>,
 }
 
@@ -58,13 +59,14 @@ fn made(i: usize) -> Made {
     Made {
         latent: (0..24).map(|k| (i * 24 + k) as f32 * 0.25).collect(),
         label: (i * 7 % 5) as u32,
-        features: (0..12).map(|k| f16::from_f32((i + k) as f32)).collect(),
+        features: vec![(0..12).map(|k| f16::from_f32((i + k) as f32)).collect()],
         image: vec![i as u8; 1 + i * 3 % 11],
     }
 }
 
 fn push(shard: &mut ShardWriter, m: &Made) -> Result<(), StoreError> {
-    shard.push(&Sample { latent: &m.latent, label: m.label, features: &[&m.features], image: &m.image })
+    let view = View { latent: &m.latent, features: &m.features };
+    shard.push(&Sample { label: m.label, view, flipped: None, image: &m.image })
 }
 
 /// Writes samples 0.. in shards of the given capacities and fills.
@@ -97,10 +99,10 @@ proptest! {
         let (mut latent, mut features, mut image) = (vec![0.0; 24], vec![f16::ZERO; 12], vec![9; 99]);
         for i in (0..store.len()).rev() {
             let m = made(i);
-            store.latent(i, &mut latent).unwrap();
-            store.features(0, i, &mut features).unwrap();
+            store.latent(i, false, &mut latent).unwrap();
+            store.features(0, i, false, &mut features).unwrap();
             store.image(i, &mut image).unwrap();
-            prop_assert_eq!((&latent, &features, &image), (&m.latent, &m.features, &m.image));
+            prop_assert_eq!((&latent, &features, &image), (&m.latent, &m.features[0], &m.image));
             prop_assert_eq!(store.label(i).unwrap(), m.label);
         }
         prop_assert_eq!(store.verify(&|_| ()).findings, vec![]);
@@ -114,6 +116,39 @@ fn a_shard_with_room_left_over_has_the_bytes_of_an_exact_one() {
     let folder = tempfile::tempdir().unwrap();
     let [a, b] = ["a", "b"].map(|n| folder.path().join(n));
     assert_eq!(write_shards(&a, &[(7, 7)]), write_shards(&b, &[(4000, 7)]));
+}
+
+#[test]
+fn flipped_copies_lie_beside_the_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("store");
+    let spec = StoreSpec { flips: true, ..spec() };
+    let writer = StoreWriter::create(&dir, spec).unwrap();
+    let mut shard = writer.shard(0, 5).unwrap();
+    let view = |m: &'static Made| View { latent: &m.latent, features: &m.features };
+    let all: &'static [Made] = Box::leak((0..8).map(made).collect::<Vec<_>>().into_boxed_slice());
+    for i in 0..4 {
+        let (m, f) = (&all[i], &all[i + 4]);
+        let sample = Sample { label: m.label, view: view(m), flipped: Some(view(f)), image: &m.image };
+        let alone = shard.push(&Sample { flipped: None, ..sample });
+        says(&message(alone), &["its flipped copy is missing"]);
+        shard.push(&sample).unwrap();
+    }
+    shard.finish().unwrap();
+    writer.commit(1).unwrap();
+    let store = LatentStore::open(&dir).unwrap();
+    assert_eq!(store.verify(&|_| ()).findings, vec![]);
+    let (mut latent, mut features) = (vec![0.0; 24], vec![f16::ZERO; 12]);
+    for i in 0..4 {
+        for (flipped, m) in [(false, &all[i]), (true, &all[i + 4])] {
+            store.latent(i, flipped, &mut latent).unwrap();
+            store.features(0, i, flipped, &mut features).unwrap();
+            assert_eq!((&latent, &features), (&m.latent, &m.features[0]), "{i} {flipped}");
+        }
+    }
+    damage(&dir, "shard-00000.safetensors", "features_flipped.eye", 2, 1, &[0x7c]);
+    let findings = LatentStore::open(&dir).unwrap().verify(&|_| ()).findings;
+    assert!(findings.iter().any(|f| f.sample == Some(2) && f.problem.contains("digest")), "{findings:?}");
 }
 
 #[test]
@@ -170,11 +205,12 @@ fn half_precision_and_log_variances_are_read_as_float32_and_std() {
     let writer = StoreWriter::create(&dir, spec).unwrap();
     let mut shard = writer.shard(0, 1).unwrap();
     let stored: Vec<f32> = (0..24).map(|i| if i < 12 { i as f32 / 3.0 } else { i as f32 - 18.0 }).collect();
-    shard.push(&Sample { latent: &stored, label: 0, features: &[], image: &[] }).unwrap();
+    let view = View { latent: &stored, features: &[] };
+    shard.push(&Sample { label: 0, view, flipped: None, image: &[] }).unwrap();
     shard.finish().unwrap();
     writer.commit(1).unwrap();
     let mut read = vec![0.0; 24];
-    LatentStore::open(&dir).unwrap().latent(0, &mut read).unwrap();
+    LatentStore::open(&dir).unwrap().latent(0, false, &mut read).unwrap();
     for (i, (&read, &stored)) in read.iter().zip(&stored).enumerate() {
         let expected = if i < 12 { stored } else { (0.5 * stored).exp() };
         assert!((read - expected).abs() <= 1e-3 * expected.abs(), "{i}: {read} for {expected}");
@@ -199,7 +235,7 @@ fn a_store_is_whole_or_absent() {
     let other = StoreWriter::create(&dir, StoreSpec { autoencoder: "new".to_owned(), ..spec() });
     says(&message(other), &["other settings", "autoencoder was \"test\" and is \"new\" now"]);
     let again = StoreWriter::create(&dir, spec()).unwrap();
-    assert_eq!(again.finished(0).unwrap().samples, 1);
+    assert_eq!(again.finished(0).unwrap().entry.samples, 1);
     assert!(again.finished(1).is_none());
     again.commit(1).unwrap();
     assert_eq!(LatentStore::open(&dir).unwrap().len(), 1);
@@ -229,8 +265,8 @@ fn bad_samples_are_named_and_not_stored() {
     refused(&|m| m.latent[13] = -0.5, &["standard deviation 1 is -0.5", "log variances"]);
     refused(&|m| m.label = 5, &["label 5", "number of classes, 5"]);
     refused(&|m| m.latent.truncate(12), &["12 latent values where 24 belong"]);
-    refused(&|m| m.features[2] = f16::INFINITY, &["feature 2 of eye is inf"]);
-    refused(&|m| m.features.truncate(3), &["3 features of eye where 12 belong"]);
+    refused(&|m| m.features[0][2] = f16::INFINITY, &["feature 2 of eye is inf"]);
+    refused(&|m| m.features[0].truncate(3), &["3 features of eye where 12 belong"]);
     refused(&|m| m.image.clear(), &["image is missing"]);
     assert_eq!(shard.len(), 1);
     assert_eq!(shard.finish().unwrap().samples, 1);
@@ -312,10 +348,10 @@ fn shards_that_are_missing_or_cut_short_are_named() {
     let size = fs::metadata(&path).unwrap().len();
     let cut = format!("{} bytes", size - 100);
     let mut latent = vec![0.0; 24];
-    open.latent(5, &mut latent).unwrap();
+    open.latent(5, false, &mut latent).unwrap();
     fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(size - 100).unwrap();
-    says(&message(open.latent(5, &mut latent)), &["shard-00002", "cut short", &cut]);
-    says(&message(late.latent(5, &mut latent)), &["shard-00002", "cut short"]);
+    says(&message(open.latent(5, false, &mut latent)), &["shard-00002", "cut short", &cut]);
+    says(&message(late.latent(5, false, &mut latent)), &["shard-00002", "cut short"]);
     let (size, findings) = (format!("index says {size}"), late.verify(&|_| ()).findings);
     assert_eq!(findings.len(), 1);
     says(&findings[0].to_string(), &["shard-00002", "cut short"]);
@@ -359,7 +395,7 @@ fn an_index_that_makes_no_sense_is_named_by_key() {
     let other = with_index(&dir, "\"height\": 2", "\"height\": 1").unwrap();
     let mut latent = vec![0.0; 12];
     says(
-        &message(other.latent(0, &mut latent)),
+        &message(other.latent(0, false, &mut latent)),
         &["shard-00000", "holds moments as F32 [2, 6, 2, 2] where the index says F32 [2, 6, 1, 2]"],
     );
 }

@@ -7,9 +7,9 @@ use half::f16;
 use half::slice::HalfFloatSliceExt as _;
 use rayon::prelude::*;
 
+use super::check::{SampleDigest, check_features, check_latent};
 use super::reader::{LatentStore, Shard};
 use super::shard::{self, DIGESTS, file_digest};
-use super::writer::{SampleDigest, check_features, check_latent};
 use super::{Precision, StoreError};
 
 /// Something that is wrong with a store.
@@ -47,6 +47,9 @@ impl LatentStore {
     /// Reads the whole store and checks it. `progress` hears the samples done so far, from any thread.
     /// What is wrong is in the report, not an error.
     pub fn verify(&self, progress: &(dyn Fn(u64) + Sync)) -> VerifyReport {
+        if self.is_foreign() {
+            return self.verify_in_place(progress);
+        }
         let done = AtomicU64::new(0);
         let tick = Mutex::new(progress);
         let shards = 0..self.index().shards.len();
@@ -68,6 +71,46 @@ impl LatentStore {
             bytes: self.index().shards.iter().map(|s| s.bytes).sum(),
             findings: findings.into_iter().flatten().collect(),
         }
+    }
+
+    /// A foreign layout has no digests: what can be checked is that every sample can be read.
+    fn verify_in_place(&self, progress: &(dyn Fn(u64) + Sync)) -> VerifyReport {
+        const PIECE: usize = 256;
+        let spec = &self.index().contents;
+        let bytes = AtomicU64::new(0);
+        let check = |i: usize| -> Option<Finding> {
+            let mut latent = vec![0.0; spec.stored_len()];
+            let mut image = Vec::new();
+            let read = self.latent(i, false, &mut latent).and_then(|()| self.label(i)).and_then(|label| {
+                bytes.fetch_add(latent.len() as u64 * 4, Ordering::Relaxed);
+                if spec.images {
+                    self.image(i, &mut image)?;
+                    bytes.fetch_add(image.len() as u64, Ordering::Relaxed);
+                }
+                Ok(label)
+            });
+            let problem = match read {
+                Err(e) => Some(e.to_string()),
+                Ok(label) if label as usize >= spec.classes => Some(format!("label {label} is out of range")),
+                Ok(_) if spec.images => crate::images::Image::from_bytes(&image)
+                    .err()
+                    .map(|e| format!("its image is damaged: {e}")),
+                Ok(_) => None,
+            };
+            problem.map(|problem| Finding {
+                shard: self.dir().display().to_string(),
+                sample: Some(i as u64),
+                problem,
+            })
+        };
+        let mut findings = Vec::new();
+        for begin in (0..self.len()).step_by(PIECE) {
+            let end = (begin + PIECE).min(self.len());
+            let found: Vec<Finding> = (begin..end).into_par_iter().filter_map(check).collect();
+            findings.extend(found);
+            progress(end as u64);
+        }
+        VerifyReport { samples: self.index().samples, bytes: bytes.into_inner(), findings }
     }
 
     fn verify_shard(&self, number: usize) -> Vec<Finding> {
@@ -116,27 +159,35 @@ impl LatentStore {
         }
         let first = shard::latent_field(spec);
         let mut latent = vec![0.0f32; spec.stored_len()];
-        match spec.precision {
-            Precision::F32 => {
-                let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut latent);
-                read(first, bytes)?;
-                digest.update(bytes);
+        let views = if spec.flips { 2 } else { 1 };
+        for view in 0..views {
+            let field = first + view * (1 + spec.encoders.len());
+            let mut complain = |problem: Result<(), String>| {
+                let prefix = if view == 1 { "flipped: " } else { "" };
+                problems.extend(problem.err().map(|p| format!("{prefix}{p}")));
+            };
+            match spec.precision {
+                Precision::F32 => {
+                    let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut latent);
+                    read(field, bytes)?;
+                    digest.update(bytes);
+                }
+                Precision::F16 => {
+                    let mut halves = vec![f16::ZERO; latent.len()];
+                    let bytes = shard::f16_bytes_mut(&mut halves);
+                    read(field, bytes)?;
+                    digest.update(bytes);
+                    halves.convert_to_f32_slice(&mut latent);
+                }
             }
-            Precision::F16 => {
-                let mut halves = vec![f16::ZERO; latent.len()];
-                let bytes = shard::f16_bytes_mut(&mut halves);
-                read(first, bytes)?;
+            complain(check_latent(spec, &latent));
+            for (k, encoder) in spec.encoders.iter().enumerate() {
+                let mut features = vec![f16::ZERO; encoder.tokens * encoder.dim];
+                let bytes = shard::f16_bytes_mut(&mut features);
+                read(field + 1 + k, bytes)?;
                 digest.update(bytes);
-                halves.convert_to_f32_slice(&mut latent);
+                complain(check_features(&encoder.id, &features));
             }
-        }
-        problems.extend(check_latent(spec, &latent).err());
-        for (k, encoder) in spec.encoders.iter().enumerate() {
-            let mut features = vec![f16::ZERO; encoder.tokens * encoder.dim];
-            let bytes = shard::f16_bytes_mut(&mut features);
-            read(first + 1 + k, bytes)?;
-            digest.update(bytes);
-            problems.extend(check_features(&encoder.id, &features).err());
         }
         if spec.images {
             let mut image = Vec::new();

@@ -2,20 +2,28 @@
 
 use half::f16;
 
-/// An array of a `.npy` file, as float32 in C order (the last dimension runs fastest).
+/// A `.npy` file of floats: its header, and where its elements are.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Npy {
+pub struct Npy<'a> {
     /// Its shape.
     pub shape: Vec<usize>,
-    /// Its elements.
-    pub values: Vec<f32>,
+    element: Element,
+    fortran: bool,
+    data: &'a [u8],
 }
 
-/// Reads a `.npy` file of float16, float32 or float64, in C or Fortran order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Element {
+    F16,
+    F32,
+    F64,
+}
+
+/// Reads the header of a `.npy` file of float16, float32 or float64, in C or Fortran order.
 ///
 /// # Errors
 /// What is wrong with it: no `.npy`, cut short, or of another type.
-pub fn parse(bytes: &[u8]) -> Result<Npy, String> {
+pub fn parse(bytes: &[u8]) -> Result<Npy<'_>, String> {
     let Some(rest) = bytes.strip_prefix(b"\x93NUMPY") else {
         return Err("is not a .npy file".to_owned());
     };
@@ -51,30 +59,60 @@ pub fn parse(bytes: &[u8]) -> Result<Npy, String> {
     let count = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d)).filter(|&n| n < 1 << 40);
     let count = count.ok_or_else(|| format!("claims the shape {shape:?}"))?;
 
-    let element = match descr {
-        "<f2" => 2,
-        "<f4" => 4,
-        "<f8" => 8,
+    let (element, size) = match descr {
+        "<f2" => (Element::F16, 2),
+        "<f4" => (Element::F32, 4),
+        "<f8" => (Element::F64, 8),
         _ => return Err(format!("holds {descr}, not little-endian floats (<f2, <f4 or <f8)")),
     };
-    if data.len() != count * element {
+    if data.len() != count * size {
         return Err(format!(
             "has {} bytes of data where {shape:?} of {descr} takes {}",
             data.len(),
-            count * element
+            count * size
         ));
     }
-    let values: Vec<f32> = match element {
-        2 => data.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
-        4 => data.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
-        _ => data.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b) as f32).collect(),
-    };
-    let values = if fortran { to_c_order(&shape, &values) } else { values };
-    Ok(Npy { shape, values })
+    Ok(Npy { shape, element, fortran, data })
+}
+
+impl Npy<'_> {
+    /// The elements as float32 in C order (the last dimension runs fastest).
+    #[must_use]
+    pub fn values(&self) -> Vec<f32> {
+        let mut values = vec![0.0; self.shape.iter().product()];
+        self.read(&mut values);
+        values
+    }
+
+    /// Writes the elements as float32 in C order to `out`, which has as many.
+    ///
+    /// # Panics
+    /// If `out` has another length.
+    pub fn read(&self, out: &mut [f32]) {
+        assert_eq!(out.len(), self.shape.iter().product::<usize>(), "the buffer for an array");
+        let write = |out: &mut [f32]| match self.element {
+            Element::F16 => fill(out, self.data.as_chunks().0, |b| f16::from_le_bytes(b).to_f32()),
+            Element::F32 => fill(out, self.data.as_chunks().0, f32::from_le_bytes),
+            Element::F64 => fill(out, self.data.as_chunks().0, |b| f64::from_le_bytes(b) as f32),
+        };
+        if self.fortran {
+            let mut values = vec![0.0; out.len()];
+            write(&mut values);
+            to_c_order(&self.shape, &values, out);
+        } else {
+            write(out);
+        }
+    }
+}
+
+fn fill<const N: usize>(out: &mut [f32], elements: &[[u8; N]], read: impl Fn([u8; N]) -> f32) {
+    for (to, from) in out.iter_mut().zip(elements) {
+        *to = read(*from);
+    }
 }
 
 /// Reorders elements whose first dimension runs fastest.
-fn to_c_order(shape: &[usize], values: &[f32]) -> Vec<f32> {
+fn to_c_order(shape: &[usize], values: &[f32], out: &mut [f32]) {
     let mut strides = Vec::with_capacity(shape.len());
     let mut stride = 1;
     for &d in shape {
@@ -83,9 +121,8 @@ fn to_c_order(shape: &[usize], values: &[f32]) -> Vec<f32> {
     }
     let mut position = vec![0; shape.len()];
     let mut from = 0;
-    let mut out = Vec::with_capacity(values.len());
-    for _ in 0..values.len() {
-        out.push(values[from]);
+    for to in out {
+        *to = values[from];
         for d in (0..shape.len()).rev() {
             position[d] += 1;
             from += strides[d];
@@ -96,7 +133,6 @@ fn to_c_order(shape: &[usize], values: &[f32]) -> Vec<f32> {
             position[d] = 0;
         }
     }
-    out
 }
 
 /// Writes a C-order float32 `.npy` file, version 1.
@@ -134,13 +170,15 @@ mod tests {
     fn float_types_and_both_orders_are_read() {
         // np.asfortranarray(np.arange(6, dtype=...).reshape(2, 3)): column by column.
         let order = [0u8, 3, 1, 4, 2, 5];
-        let expected = Npy { shape: vec![2, 3], values: (0u8..6).map(f32::from).collect() };
+        let expected: Vec<f32> = (0u8..6).map(f32::from).collect();
         let f16s: Vec<u8> = order.iter().flat_map(|&v| f16::from_f32(f32::from(v)).to_le_bytes()).collect();
         let f32s: Vec<u8> = order.iter().flat_map(|&v| f32::from(v).to_le_bytes()).collect();
         let f64s: Vec<u8> = order.iter().flat_map(|&v| f64::from(v).to_le_bytes()).collect();
         for (major, descr, data) in [(1, "<f2", f16s), (2, "<f4", f32s), (3, "<f8", f64s)] {
             let header = format!("{{'descr': '{descr}', 'fortran_order': True, 'shape': (2, 3), }}\n");
-            assert_eq!(parse(&file(major, &header, &data)).unwrap(), expected, "{descr}");
+            let bytes = file(major, &header, &data);
+            let npy = parse(&bytes).unwrap();
+            assert_eq!((npy.shape.as_slice(), npy.values()), (&[2, 3][..], expected.clone()), "{descr}");
         }
     }
 
@@ -150,7 +188,8 @@ mod tests {
             let values: Vec<f32> = (0..shape.iter().product::<usize>()).map(|i| i as f32 / 3.0).collect();
             let bytes = to_bytes(&shape, &values);
             prop_assert_eq!((bytes.len() - values.len() * 4) % 64, 0);
-            prop_assert_eq!(parse(&bytes).unwrap(), Npy { shape, values });
+            let npy = parse(&bytes).unwrap();
+            prop_assert_eq!((npy.values(), npy.shape), (values, shape));
         }
 
         #[test]
@@ -160,7 +199,7 @@ mod tests {
             bytes[at % len] = to;
             // Either it is refused or it is a whole array: no other outcome.
             if let Ok(npy) = parse(&bytes) {
-                prop_assert_eq!(npy.shape.iter().product::<usize>(), npy.values.len());
+                prop_assert_eq!(npy.shape.iter().product::<usize>(), npy.values().len());
             }
             bytes = to_bytes(&[4, 2], &[1.0; 8]);
             bytes.truncate(cut % len);
