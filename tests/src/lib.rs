@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use half::f16;
 use repa_trainer::data::draws::{Draws, Purpose};
-use repa_trainer::data::store::{EncoderSpec, Kind, Precision, Sample, Spread, StoreSpec, StoreWriter};
+use repa_trainer::data::store::{EncoderSpec, Kind, Precision, Sample, Spread, StoreSpec, StoreWriter, View};
+use repa_trainer::params::Layout;
 use repa_trainer::telemetry::record::{StepRecord, log_path, read_log};
 
 /// The binary under test.
@@ -180,6 +181,7 @@ pub fn small_store(dir: &Path, samples: usize) {
         class_names: Vec::new(),
         encoders: vec![EncoderSpec { id: "random".into(), tokens: 16, dim: 12 }],
         images: false,
+        flips: false,
         source: "random numbers".into(),
     };
     let draws = Draws::new(1, Purpose::Noise);
@@ -190,10 +192,9 @@ pub fn small_store(dir: &Path, samples: usize) {
         let mut features = vec![0.0; 16 * 12];
         draws.normal(2 * i as u64, &mut latents);
         draws.normal(2 * i as u64 + 1, &mut features);
-        let features: Vec<f16> = features.into_iter().map(f16::from_f32).collect();
-        shard
-            .push(&Sample { latent: &latents, label: (i % 3) as u32, features: &[&features], image: &[] })
-            .expect("pushed");
+        let features = [features.into_iter().map(f16::from_f32).collect()];
+        let view = View { latent: &latents, features: &features };
+        shard.push(&Sample { label: (i % 3) as u32, view, flipped: None, image: &[] }).expect("pushed");
     }
     shard.finish().expect("a finished shard");
     writer.commit(1).expect("a finished store");
@@ -218,6 +219,37 @@ pub fn small_model(store: &Path, run: &Path) -> Vec<String> {
         "checkpoint.every=0".into(),
     ]
     .to_vec()
+}
+
+/// Writes random weights of a layout as a safetensors file: a model of a published shape, untrained.
+pub fn random_weights(path: &Path, layout: &Layout, metadata: &[(&str, &str)]) {
+    let draws = Draws::new(2, Purpose::Init);
+    let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = layout
+        .entries()
+        .iter()
+        .zip(0..)
+        .map(|(entry, i)| {
+            let mut values = vec![0.0f32; entry.len()];
+            draws.normal(i, &mut values);
+            let fan_in = entry.shape.iter().skip(1).product::<usize>().max(1) as f32;
+            // Vectors are biases and the scales of normalisations: near 1 does for both.
+            let (mean, scale) = if entry.shape.len() < 2 { (1.0, 0.1) } else { (0.0, fan_in.sqrt().recip()) };
+            let bytes = values.iter().flat_map(|v| (mean + scale * v).to_le_bytes()).collect();
+            (entry.name.clone(), entry.shape.clone(), bytes)
+        })
+        .collect();
+    let views = tensors.iter().map(|(name, shape, bytes)| {
+        let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes);
+        (name.as_str(), view.expect("a float32 tensor"))
+    });
+    let metadata = metadata.iter().map(|&(k, v)| (k.to_owned(), v.to_owned())).collect();
+    safetensors::serialize_to_file(views, Some(metadata), path).expect("written");
+}
+
+/// Runs a command to its end in a folder, and expects success.
+#[track_caller]
+pub fn run_in(folder: &Path, mut command: Command, deadline: Duration) -> Ended {
+    Running::start(command.current_dir(folder)).wait(deadline).expect_code(0)
 }
 
 /// The steps that a run has logged.
