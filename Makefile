@@ -14,7 +14,7 @@ RANKS ?= 2
 # More ranks than cores is slow but works; OpenMPI wants to be told.
 MPIRUN = mpirun $(shell [ $$(nproc) -ge $(RANKS) ] || echo --oversubscribe) -n $(RANKS)
 
-.PHONY: help setup build run test bench lint check-cuda
+.PHONY: help setup build run test bench bench-pytorch lint check-cuda
 
 help:
 	@echo "make run    set up, build, make the quickstart data, train it on $(RANKS) MPI ranks, sample"
@@ -44,6 +44,12 @@ test:
 bench: build
 	$(MPIRUN) $(REPA) bench all-reduce
 	$(REPA) bench data
+	$(REPA) bench start
+	$(REPA) bench import
+
+# Installs PyTorch (5 GB) into an environment of its own.
+bench-pytorch: build
+	python3 tests/comparisons/data_loading.py
 
 check-cuda: setup
 	$(CARGO) check --release --locked -p repa-dist --features cuda

@@ -143,7 +143,11 @@ fn print_json(figures: &impl serde::Serialize) -> Result<Outcome, Failure> {
 }
 
 fn data(arguments: &DataArguments) -> Result<Outcome, Failure> {
-    if arguments.batch == 0 || arguments.threads == 0 || !(arguments.seconds > 0.0) {
+    if arguments.batch == 0
+        || arguments.threads == 0
+        || arguments.seconds.is_nan()
+        || arguments.seconds <= 0.0
+    {
         return Err(Failure::usage("--batch, --threads and --seconds must be above 0"));
     }
     let options = DataBenchOptions {

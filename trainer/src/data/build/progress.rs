@@ -74,15 +74,17 @@ impl Board {
         }
         // Rank 0 waits for this last word, so it has to arrive.
         self.tell().map_err(StoreError::write(&self.path(self.rank)))?;
-        while self.rank == 0 {
+        if self.rank != 0 {
+            return Ok(());
+        }
+        loop {
             let sum = self.sum();
             progress(sum);
             if sum.done >= sum.total {
-                break;
+                return Ok(());
             }
             std::thread::sleep(EVERY);
         }
-        Ok(())
     }
 
     fn path(&self, rank: usize) -> PathBuf {
