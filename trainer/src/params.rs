@@ -11,6 +11,7 @@ use std::sync::Arc;
 use burn::tensor::{Device, FloatDType, Tensor, TensorData};
 
 use crate::data::draws::{Draws, Purpose};
+use crate::ops::{GradientSink, GradientSlot};
 use crate::weights::{Weights, WeightsError};
 
 /// How a parameter's first value is made.
@@ -164,7 +165,17 @@ impl Init {
 #[derive(Debug, Clone)]
 pub struct Params {
     layout: Arc<Layout>,
-    values: Vec<Tensor<1>>,
+    values: Arc<Vec<Tensor<1>>>,
+    /// The type that [`Params::get`] casts to.
+    dtype: Option<FloatDType>,
+    watch: Option<Watch>,
+}
+
+/// Where gradients go while the backward pass runs.
+#[derive(Debug, Clone)]
+struct Watch {
+    sink: Arc<dyn GradientSink>,
+    behind: Option<Tensor<3>>,
 }
 
 impl Params {
@@ -189,7 +200,11 @@ impl Params {
                 }
             })
             .collect();
-        Self { layout: layout.clone(), values }
+        Self::plain(layout, values)
+    }
+
+    fn plain(layout: &Arc<Layout>, values: Vec<Tensor<1>>) -> Self {
+        Self { layout: layout.clone(), values: Arc::new(values), dtype: None, watch: None }
     }
 
     /// Values from a weight file that must hold exactly this layout's parameters.
@@ -210,7 +225,7 @@ impl Params {
                 Ok(Tensor::from_data(TensorData::new(values, [entry.len()]), device))
             })
             .collect::<Result<_, WeightsError>>()?;
-        Ok(Self { layout: layout.clone(), values })
+        Ok(Self::plain(layout, values))
     }
 
     /// The layout that these values are for.
@@ -223,12 +238,29 @@ impl Params {
     pub fn get<const D: usize>(&self, name: &str) -> Tensor<D> {
         let number =
             *self.layout.index.get(name).unwrap_or_else(|| panic!("no parameter {name} in the layout"));
-        let shape: [usize; D] = self.layout.entries[number]
+        let entry = &self.layout.entries[number];
+        let shape: [usize; D] = entry
             .shape
             .clone()
             .try_into()
             .unwrap_or_else(|shape| panic!("parameter {name} has shape {shape:?}, asked for rank {D}"));
-        self.values[number].clone().reshape(shape)
+        let mut value = self.values[number].clone();
+        if let Some(watch) = self.watch.as_ref().filter(|_| entry.trainable) {
+            let slot = GradientSlot { offset: entry.offset, sink: Arc::clone(&watch.sink) };
+            value = crate::ops::watch(value, watch.behind.as_ref(), slot);
+        }
+        match self.dtype {
+            Some(dtype) => value.cast(dtype),
+            None => value,
+        }
+        .reshape(shape)
+    }
+
+    /// The same values, whose gradients go to `sink` as soon as the backward pass has done with all that
+    /// follows `behind` (see [`crate::ops::watch`]). Each parameter may be got once.
+    #[must_use]
+    pub fn watched(&self, sink: &Arc<dyn GradientSink>, behind: Option<&Tensor<3>>) -> Self {
+        Self { watch: Some(Watch { sink: Arc::clone(sink), behind: behind.cloned() }), ..self.clone() }
     }
 
     /// The parameters whose names begin with a prefix.
@@ -238,15 +270,27 @@ impl Params {
 
     /// The same values in another float type. Gradients flow back to these.
     pub fn cast(&self, dtype: FloatDType) -> Self {
-        let values = self.values.iter().map(|v| v.clone().cast(dtype)).collect();
-        Self { layout: self.layout.clone(), values }
+        Self { dtype: Some(dtype), ..self.clone() }
+    }
+
+    /// Gives `sink` the gradients that the backward pass has left on the parameters: on a backend where they
+    /// are not watched, all of them.
+    pub fn leave_gradients(&self, gradients: &burn::tensor::Gradients, sink: &dyn GradientSink) {
+        for (entry, value) in self.layout.entries.iter().zip(self.values.iter()).filter(|(e, _)| e.trainable)
+        {
+            if let Some(gradient) = value.grad(gradients) {
+                let data = gradient.into_data().convert::<f32>();
+                sink.gradient(entry.offset, data.as_slice::<f32>().expect("converted to f32 above"));
+            }
+        }
     }
 
     /// Writes the gradient of every trainable parameter into the flat array `out`; parameters that
     /// the loss does not depend on get zeros.
     pub fn gradients(&self, gradients: &burn::tensor::Gradients, out: &mut [f32]) {
         assert_eq!(out.len(), self.layout.trainable_len(), "flat array does not fit the layout");
-        for (entry, value) in self.layout.entries.iter().zip(&self.values).filter(|(e, _)| e.trainable) {
+        for (entry, value) in self.layout.entries.iter().zip(self.values.iter()).filter(|(e, _)| e.trainable)
+        {
             let part = &mut out[entry.offset..entry.offset + entry.len()];
             match value.grad(gradients) {
                 Some(gradient) => {

@@ -4,9 +4,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
-use repa_comm::Options;
 use repa_comm::bench::{BenchOptions, BenchReport};
+use repa_comm::{Options, all_or_first_error, end_with};
 use repa_trainer::data::bench::{self as data_bench, DataBenchOptions, Images};
+use repa_trainer::train::bench as step_bench;
+
+use super::Settings;
 
 use crate::exit::{Failure, Outcome};
 
@@ -29,6 +32,17 @@ enum Command {
         /// Seconds to spend on a size
         #[arg(long, default_value_t = 1.0)]
         seconds: f64,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Time training steps on random data, on the ranks that mpirun started
+    Step {
+        #[command(flatten)]
+        settings: Settings,
+        /// Steps that are timed
+        #[arg(long, default_value_t = 10)]
+        steps: usize,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -107,6 +121,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
         Command::AllReduce { against_mpi, max_mib, seconds, json } => {
             all_reduce(*against_mpi, *max_mib, *seconds, *json)
         }
+        Command::Step { settings, steps, json } => step(settings, *steps, *json),
         Command::Data(arguments) => data(arguments),
         Command::Start { dir, samples, json } => {
             let figures = data_bench::run_start(dir, *samples, 256).map_err(Failure::data)?;
@@ -179,6 +194,37 @@ fn data(arguments: &DataArguments) -> Result<Outcome, Failure> {
     );
     println!("with random draws  {:8.0} samples/s", figures.training_samples_per_second);
     println!("first batch after  {:8.3} s", figures.first_batch_seconds);
+    Ok(Outcome::Done)
+}
+
+fn step(settings: &Settings, steps: usize, json: bool) -> Result<Outcome, Failure> {
+    if steps == 0 {
+        return Err(Failure::usage("--steps must be above 0"));
+    }
+    let comm = repa_comm::init(&Options::default()).map_err(Failure::runtime)?;
+    repa_comm::install_panic_hook();
+    let to_rank = |e: Failure| repa_comm::Failure { message: e.to_string(), code: i32::from(e.code()) };
+    let loaded = all_or_first_error(comm.as_ref(), settings.load().map_err(to_rank))
+        .unwrap_or_else(|e| end_with(comm.as_ref(), &e));
+    let figures = step_bench::run(&loaded.config, &comm, steps)
+        .unwrap_or_else(|e| repa_comm::abort(i32::from(e.kind().code()), &e.to_string()));
+    if comm.rank() == 0 && json {
+        println!("{:#}", serde_json::to_value(&figures).map_err(Failure::runtime)?);
+    } else if comm.rank() == 0 {
+        let milliseconds = |what: &str, seconds: f64| println!("{what:<24} {:10.1} ms", 1e3 * seconds);
+        println!(
+            "{} ranks, {:.1} M parameters, batches of {}: {:.1} images/s",
+            figures.ranks,
+            figures.parameters as f64 / 1e6,
+            figures.global_batch,
+            figures.images_per_second
+        );
+        milliseconds("step", figures.step_seconds);
+        milliseconds("  forward and backward", figures.compute_seconds);
+        milliseconds("  exposed communication", figures.exposed_communication_seconds);
+        milliseconds("  clip, AdamW, EMA", figures.optimizer_seconds);
+    }
+    comm.finalize().map_err(Failure::runtime)?;
     Ok(Outcome::Done)
 }
 

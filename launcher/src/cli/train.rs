@@ -10,14 +10,15 @@ pub fn run(settings: &Settings) -> Result<Outcome, Failure> {
     let comm = repa_comm::init(&Options::default()).map_err(Failure::runtime)?;
     repa_comm::install_panic_hook();
     super::log_to_stderr(comm.rank());
-    let comm = comm.as_ref();
+    let shared = comm;
+    let comm = shared.as_ref();
     // Every rank reads its own configuration; a mistake in it is reported once.
     let local =
         settings.load().map_err(|e| RankFailure { message: e.to_string(), code: i32::from(e.code()) });
     let loaded = all_or_first_error(comm, local).unwrap_or_else(|e| end_with(comm, &e));
     let mut stop =
         StopRequest::listen().map_err(|e| Failure::runtime(format!("cannot listen for signals: {e}")))?;
-    let outcome = train(&loaded, comm, &mut stop).unwrap_or_else(|e| end_with(comm, &e));
+    let outcome = train(&loaded, &shared, &mut stop).unwrap_or_else(|e| end_with(comm, &e));
     if comm.rank() == 0 {
         conclude(outcome, &loaded.config.run.dir);
     }

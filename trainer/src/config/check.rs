@@ -11,6 +11,14 @@ impl Config {
         positive("train.steps", train.steps)?;
         positive("train.global_batch", train.global_batch as u64)?;
         positive("data.queue_depth", self.data.queue_depth as u64)?;
+        positive("comm.bucket_mib", self.comm.bucket_mib as u64)?;
+        if self.comm.bucket_mib > 1 << 14 {
+            return Err(ConfigError::value(
+                "comm.bucket_mib",
+                self.comm.bucket_mib,
+                "it must be 16384 or less",
+            ));
+        }
         positive("checkpoint.keep", self.checkpoint.keep as u64)?;
         positive("sample.batch", self.sample.batch as u64)?;
         if train.steps.checked_mul(train.global_batch as u64).is_none_or(|samples| samples >> 56 != 0) {

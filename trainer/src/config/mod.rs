@@ -37,6 +37,8 @@ pub struct Config {
     pub train: TrainConfig,
     /// AdamW and the moving average.
     pub optimizer: OptimizerConfig,
+    /// How gradients travel between ranks.
+    pub comm: CommConfig,
     /// What is saved, and how often.
     pub checkpoint: CheckpointConfig,
     /// Metrics, progress and logs.
@@ -314,6 +316,22 @@ impl Default for OptimizerConfig {
             max_grad_norm: 1.0,
             ema_decay: 0.9999,
         }
+    }
+}
+
+/// Keys under `comm`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CommConfig {
+    /// Whether gradients are summed over the ranks while the backward pass still runs. Changes no bit.
+    pub overlap: bool,
+    /// Size of the buckets in which they are summed, in MiB. Changes no bit.
+    pub bucket_mib: usize,
+}
+
+impl Default for CommConfig {
+    fn default() -> Self {
+        Self { overlap: true, bucket_mib: 16 }
     }
 }
 

@@ -1,5 +1,7 @@
 //! The whole model.
 
+use std::sync::Arc;
+
 use burn::tensor::{DType, Int, Tensor};
 
 use super::block::{Block, EPSILON, Modulation};
@@ -7,7 +9,7 @@ use super::embeddings::{LabelEmbedder, PatchEmbed, TimestepEmbedder};
 use super::projector::Projector;
 use super::{Precision, SitConfig, zero_linear};
 use crate::nn::{Linear, silu};
-use crate::ops;
+use crate::ops::{self, GradientSink};
 use crate::params::{Layout, Params};
 
 /// Anything that predicts velocities; what the samplers integrate.
@@ -59,9 +61,52 @@ pub struct Sit {
     patches: PatchEmbed,
     times: TimestepEmbedder,
     labels: LabelEmbedder,
-    blocks: Vec<Block>,
-    projectors: Vec<Projector>,
-    final_layer: FinalLayer,
+    inner: Inner,
+}
+
+/// Everything between the embeddings and the output.
+#[derive(Debug, Clone)]
+enum Inner {
+    Bound {
+        blocks: Vec<Block>,
+        projectors: Vec<Projector>,
+        final_layer: Box<FinalLayer>,
+    },
+    /// Bound where it is used, so that its gradients come as soon as the backward pass is past it.
+    Watched {
+        compute: Params,
+        master: Params,
+        sink: Arc<dyn GradientSink>,
+    },
+}
+
+impl Inner {
+    fn block(&self, config: &SitConfig, number: usize, tokens: &Tensor<3>) -> Block {
+        match self {
+            Self::Bound { blocks, .. } => blocks[number].clone(),
+            Self::Watched { compute, master, sink } => {
+                let [compute, master] = [compute, master].map(|p| p.watched(sink, Some(tokens)));
+                Block::bind(config, &compute, &master, number)
+            }
+        }
+    }
+
+    fn projectors(&self, config: &SitConfig, tokens: &Tensor<3>) -> Vec<Projector> {
+        match self {
+            Self::Bound { projectors, .. } => projectors.clone(),
+            Self::Watched { compute, sink, .. } => {
+                let compute = compute.watched(sink, Some(tokens));
+                (0..config.z_dims.len()).map(|i| Projector::bind(&compute, i)).collect()
+            }
+        }
+    }
+
+    fn final_layer(&self, tokens: &Tensor<3>) -> FinalLayer {
+        match self {
+            Self::Bound { final_layer, .. } => (**final_layer).clone(),
+            Self::Watched { compute, sink, .. } => FinalLayer::bind(&compute.watched(sink, Some(tokens))),
+        }
+    }
 }
 
 impl Sit {
@@ -81,16 +126,38 @@ impl Sit {
         Self::bind_split(config, &master.cast(precision.dtype()), master)
     }
 
+    /// As [`Sit::bind_mixed`], for one forward pass whose gradients go to `sink` while its backward pass
+    /// runs, in the order of [`SitConfig::backward_position`] (on a backend that watches parameters; see
+    /// [`crate::ops::watch`]).
+    pub fn bind_watched(
+        config: &SitConfig,
+        master: &Params,
+        precision: Precision,
+        sink: &Arc<dyn GradientSink>,
+    ) -> Self {
+        let compute =
+            if precision == Precision::F32 { master.clone() } else { master.cast(precision.dtype()) };
+        let inner = Inner::Watched { compute: compute.clone(), master: master.clone(), sink: sink.clone() };
+        Self::bind_with(config, &compute.watched(sink, None), &master.watched(sink, None), inner)
+    }
+
     fn bind_split(config: &SitConfig, compute: &Params, master: &Params) -> Self {
+        let inner = Inner::Bound {
+            blocks: (0..config.depth).map(|i| Block::bind(config, compute, master, i)).collect(),
+            projectors: (0..config.z_dims.len()).map(|i| Projector::bind(compute, i)).collect(),
+            final_layer: Box::new(FinalLayer::bind(compute)),
+        };
+        Self::bind_with(config, compute, master, inner)
+    }
+
+    fn bind_with(config: &SitConfig, compute: &Params, master: &Params, inner: Inner) -> Self {
         Self {
             config: config.clone(),
             pos_embed: master.get::<3>("pos_embed").cast(DType::F32),
             patches: PatchEmbed::bind(config, compute),
             times: TimestepEmbedder::bind(compute),
             labels: LabelEmbedder::bind(master),
-            blocks: (0..config.depth).map(|i| Block::bind(config, compute, master, i)).collect(),
-            projectors: (0..config.z_dims.len()).map(|i| Projector::bind(compute, i)).collect(),
-            final_layer: FinalLayer::bind(compute),
+            inner,
         }
     }
 
@@ -102,26 +169,28 @@ impl Sit {
     /// Velocity and projected tokens of states `x` [N, C, S, S] at times `t` [N] under `labels` [N],
     /// where `num_classes` is the null class.
     pub fn forward(&self, x: Tensor<4>, t: Tensor<1>, labels: Tensor<1, Int>) -> SitOutput {
-        self.run(x, t, labels, &self.projectors)
+        self.run(x, t, labels, true)
     }
 
     /// The velocity alone; no projector runs.
     pub fn velocity(&self, x: Tensor<4>, t: Tensor<1>, labels: Tensor<1, Int>) -> Tensor<4> {
-        self.run(x, t, labels, &[]).velocity
+        self.run(x, t, labels, false).velocity
     }
 
-    fn run(&self, x: Tensor<4>, t: Tensor<1>, labels: Tensor<1, Int>, projectors: &[Projector]) -> SitOutput {
+    fn run(&self, x: Tensor<4>, t: Tensor<1>, labels: Tensor<1, Int>, project: bool) -> SitOutput {
         let mut tokens = self.patches.forward(x) + self.pos_embed.clone();
         // Every modulation begins with the SiLU of the same condition: computed once.
         let activated = silu(self.times.forward(t) + self.labels.forward(labels));
         let mut projected = Vec::new();
-        for (number, block) in self.blocks.iter().enumerate() {
-            tokens = block.forward(tokens, activated.clone());
-            if number + 1 == self.config.encoder_depth {
+        for number in 0..self.config.depth {
+            tokens = self.inner.block(&self.config, number, &tokens).forward(tokens, activated.clone());
+            if project && number + 1 == self.config.encoder_depth {
+                let projectors = self.inner.projectors(&self.config, &tokens);
                 projected = projectors.iter().map(|p| p.forward(tokens.clone())).collect();
             }
         }
-        let velocity = self.unpatchify(self.final_layer.forward(tokens, activated));
+        let final_layer = self.inner.final_layer(&tokens);
+        let velocity = self.unpatchify(final_layer.forward(tokens, activated));
         SitOutput { velocity, projected }
     }
 

@@ -11,6 +11,8 @@ mod autodiff;
 pub mod composite;
 mod flex;
 
+use std::sync::Arc;
+
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, DispatchDevice, backend_extension};
 use burn::tensor::{DType, Tensor};
@@ -56,6 +58,9 @@ pub trait SitOps: Backend {
     /// x weight^T + bias for x [rows, in], weight [out, in], bias [out].
     fn affine(x: FloatTensor<Self>, weight: FloatTensor<Self>, bias: FloatTensor<Self>) -> FloatTensor<Self>;
 
+    /// See [`watch`].
+    fn watch(value: FloatTensor<Self>, behind: FloatTensor<Self>, slot: GradientSlot) -> FloatTensor<Self>;
+
     /// See [`conv2d`], for a 3x3 kernel, stride 1, padding 1: x [N, in, H, W], weight [out, in, 3, 3],
     /// bias [out].
     fn convolve(
@@ -63,6 +68,25 @@ pub trait SitOps: Backend {
         weight: FloatTensor<Self>,
         bias: FloatTensor<Self>,
     ) -> FloatTensor<Self>;
+}
+
+/// Takes gradients of parameters while the backward pass still runs.
+pub trait GradientSink: std::fmt::Debug + Send + Sync {
+    /// The gradient of the parameter that begins at `offset` of the flat array. Given once in each backward
+    /// pass; those of several passes are added.
+    fn gradient(&self, offset: usize, values: &[f32]);
+
+    /// The backward pass that comes next is the last of the step.
+    fn last_part(&self) {}
+}
+
+/// Where the gradient of one parameter goes.
+#[derive(Debug, Clone)]
+pub struct GradientSlot {
+    /// Beginning of the parameter in the flat array.
+    pub offset: usize,
+    /// Who takes it.
+    pub sink: Arc<dyn GradientSink>,
 }
 
 /// What the backward passes need of a backend that has [`SitOps`]: gradients by the inputs, given the
@@ -126,6 +150,9 @@ pub trait SitGradients: SitOps {
     /// The sum over rows: [rows, out] -> [out].
     fn sum_rows(grad: FloatTensor<Self>) -> FloatTensor<Self>;
 
+    /// Shows the elements of a tensor, in order.
+    fn show(x: FloatTensor<Self>, f: &mut dyn FnMut(&[f32]));
+
     /// [`SitOps::convolve`]'s gradient by x.
     fn convolve_backward_input(grad: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
 
@@ -134,6 +161,19 @@ pub trait SitGradients: SitOps {
 
     /// The sum over samples and pixels: [N, channels, H, W] -> [channels].
     fn sum_channels(grad: FloatTensor<Self>) -> FloatTensor<Self>;
+}
+
+/// The parameter `value` itself. Its gradient goes to the slot's sink, and no further, as soon as the backward
+/// pass has done with everything that follows `behind` (which takes no part): burn runs a tape by falling
+/// depth in the graph, and this gives a parameter the depth of the place where it is used. Without `behind`
+/// that is the end of the pass. On a backend without fused forms `value` stays a leaf like any other.
+pub fn watch(value: Tensor<1>, behind: Option<&Tensor<3>>, slot: GradientSlot) -> Tensor<1> {
+    if !fused(&value) {
+        return value;
+    }
+    let value = value.into_dispatch();
+    let behind = behind.map_or_else(|| value.clone(), |b| b.clone().into_dispatch());
+    Tensor::from_dispatch(Dispatch::watch(value, behind, slot))
 }
 
 /// Whether the fused forms take this tensor.

@@ -16,6 +16,13 @@ pub fn global_norm(x: &[f32]) -> f64 {
     squared_norm(x).sqrt()
 }
 
+/// [`global_norm`] of an array in pieces. Where all pieces but the last are whole chunks, it has the bits of
+/// the whole array's.
+pub fn global_norm_of<'a>(pieces: impl IntoIterator<Item = &'a [f32]>) -> f64 {
+    let sums = pieces.into_iter().flat_map(|x| x.par_chunks(CHUNK).map(chunk_sum).collect::<Vec<f64>>());
+    sums.sum::<f64>().sqrt()
+}
+
 /// The factor that `torch.nn.utils.clip_grad_norm_` applies: `max_norm / (norm + 1e-6)`, at most 1.
 /// NaN for a NaN norm, so that it cannot pass for a good step.
 pub fn clip_coefficient(norm: f64, max_norm: f64) -> f32 {
@@ -62,6 +69,15 @@ mod tests {
             pool.install(|| squared_norm(&x)).to_bits()
         };
         assert_eq!(run(1), run(3));
+    }
+
+    #[test]
+    fn pieces_of_whole_chunks_change_no_bit() {
+        let mut x = vec![0.0f32; 7 * CHUNK + 5];
+        Draws::new(2, Purpose::Noise).normal(3, &mut x);
+        for cut in [CHUNK, 3 * CHUNK, 10 * CHUNK] {
+            assert_eq!(global_norm_of(x.chunks(cut)).to_bits(), global_norm(&x).to_bits(), "{cut}");
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@ use crate::data::loader::Batch;
 use crate::data::store::Index;
 use crate::model::{Precision, Sit, SitConfig};
 use crate::objective::{alignment_loss, denoising_loss, interpolate, resample_tokens};
+use crate::ops::GradientSink;
 use crate::params::{Layout, Params};
 
 /// Losses of a rank's samples, added up.
@@ -35,7 +36,6 @@ pub struct Compute {
     coefficient: f64,
     global_batch: usize,
     micro_batch: usize,
-    scratch: Vec<f32>,
 }
 
 impl Compute {
@@ -51,41 +51,34 @@ impl Compute {
             coefficient: config.alignment.coefficient,
             global_batch: config.train.global_batch,
             micro_batch: config.train.micro_batch,
-            scratch: Vec::new(),
         }
     }
 
-    /// Writes into `gradients` this rank's part of the gradient of `loss_scale` x the mean loss over
-    /// the *global* batch, so that the sum over ranks is that gradient, however the batch is cut into
-    /// ranks and micro-batches. `weights` and `gradients` are flat arrays in layout order.
+    /// Gives `sink` this rank's part of the gradient of `loss_scale` x the mean loss over the *global* batch, so
+    /// that the sum over ranks is that gradient, however the batch is cut into ranks and micro-batches.
+    /// `weights` is the flat array in layout order.
     pub fn gradients(
-        &mut self,
+        &self,
         weights: &[f32],
         batch: &Batch,
         loss_scale: f32,
-        gradients: &mut [f32],
+        sink: &Arc<dyn GradientSink>,
     ) -> LossSums {
         let mut sums = LossSums::default();
         let samples = batch.len();
         if samples == 0 {
-            gradients.fill(0.0);
             return sums;
         }
         let inputs = Inputs::new(batch, &self.index, &self.objective);
         let params = Params::from_flat(&self.layout, weights, &self.device);
         let most = if self.micro_batch == 0 { samples } else { self.micro_batch };
-        let mut scratch = std::mem::take(&mut self.scratch);
         for start in (0..samples).step_by(most) {
             let part = start..(start + most).min(samples);
-            if start == 0 {
-                self.part(&params, batch, &inputs, part, loss_scale, &mut sums, gradients);
-            } else {
-                scratch.resize(gradients.len(), 0.0);
-                self.part(&params, batch, &inputs, part, loss_scale, &mut sums, &mut scratch);
-                gradients.iter_mut().zip(&scratch).for_each(|(sum, g)| *sum += g);
+            if part.end == samples {
+                sink.last_part();
             }
+            self.part(&params, batch, &inputs, part, loss_scale, &mut sums, sink);
         }
-        self.scratch = scratch;
         sums
     }
 
@@ -98,7 +91,7 @@ impl Compute {
         samples: Range<usize>,
         loss_scale: f32,
         sums: &mut LossSums,
-        gradients: &mut [f32],
+        sink: &Arc<dyn GradientSink>,
     ) {
         let count = samples.len();
         let (size, channels) = (self.sit.input_size, self.sit.in_channels);
@@ -114,7 +107,7 @@ impl Compute {
 
         let (x_t, target) =
             interpolate(self.objective.path, images(&inputs.latents), images(&batch.noise), t.clone());
-        let output = Sit::bind_mixed(&self.sit, params, self.precision).forward(x_t, t, labels);
+        let output = Sit::bind_watched(&self.sit, params, self.precision, sink).forward(x_t, t, labels);
         let denoising = denoising_loss(output.velocity, target);
         sums.denoising += sum(denoising.clone());
         let mut total = denoising.sum();
@@ -124,7 +117,7 @@ impl Compute {
             total = total + alignment.sum() * self.coefficient;
         }
         let loss = total * (f64::from(loss_scale) / self.global_batch as f64);
-        params.gradients(&loss.backward(), gradients);
+        params.leave_gradients(&loss.backward(), sink.as_ref());
     }
 
     /// Whether there is an alignment loss.

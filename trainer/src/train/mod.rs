@@ -1,5 +1,7 @@
 //! The training loop: what every rank does, step by step.
 
+pub mod bench;
+mod buckets;
 mod compute;
 mod error;
 mod feed;
@@ -10,6 +12,7 @@ mod session;
 mod state;
 mod stop;
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use repa_comm::{Communicator, Failure, ReduceOp, RemoteError, all_or_first_error};
@@ -24,7 +27,8 @@ pub use stop::StopRequest;
 
 use crate::config::{Config, Loaded};
 use crate::exit::Outcome;
-use crate::optim::global_norm;
+use crate::ops::GradientSink;
+use crate::optim::global_norm_of;
 use crate::telemetry::record::StepRecord;
 use session::Session;
 use state::Step;
@@ -35,11 +39,11 @@ use state::Step;
 /// The first error of the lowest failing rank, the same on all ranks.
 pub fn train(
     loaded: &Loaded,
-    comm: &dyn Communicator,
+    comm: &Arc<dyn Communicator>,
     stop: &mut StopRequest,
 ) -> Result<Outcome, RemoteError> {
     let config = &loaded.config;
-    let mut session = begin(loaded, comm, stop)?;
+    let mut session = begin(loaded, comm.as_ref(), stop)?;
     let outcome = loop {
         if session.state.step >= config.train.steps {
             break Outcome::Done;
@@ -47,20 +51,20 @@ pub fn train(
         let stopping = match session.step(config, comm, stop) {
             Ok(stopping) => stopping,
             // All ranks see the same gradient, so all come here together.
-            Err(error @ TrainError::NotFinite { .. }) => return agree(comm, Err(error)),
+            Err(error @ TrainError::NotFinite { .. }) => return agree(comm.as_ref(), Err(error)),
             // The others wait in a collective that this rank will never reach.
             Err(error) => repa_comm::abort(i32::from(error.kind().code()), &error.to_string()),
         };
         let step = session.state.step;
         let due = config.checkpoint.every > 0 && step.is_multiple_of(config.checkpoint.every);
         if due || stopping || step == config.train.steps {
-            saving::save(&session, loaded, comm)?;
+            saving::save(&session, loaded, comm.as_ref())?;
         }
         if stopping && step < config.train.steps {
             break Outcome::Stopped;
         }
     };
-    agree(comm, session.close(config))?;
+    agree(comm.as_ref(), session.close(config))?;
     Ok(outcome)
 }
 
@@ -95,7 +99,7 @@ impl Session {
     fn step(
         &mut self,
         config: &Config,
-        comm: &dyn Communicator,
+        comm: &Arc<dyn Communicator>,
         stop: &StopRequest,
     ) -> Result<bool, TrainError> {
         let started = Instant::now();
@@ -103,22 +107,25 @@ impl Session {
 
         let computing = Instant::now();
         let scale = self.state.loss_scale(config);
-        let losses = self.compute.gradients(&self.state.params, &batch, scale, &mut self.gradients);
+        let collector = self.gradients.collect(comm, config.comm.overlap);
+        let sink: Arc<dyn GradientSink> = collector.clone();
+        let losses = self.compute.gradients(&self.state.params, &batch, scale, &sink);
         let compute = computing.elapsed();
 
+        // What is left of the sums when the backward pass is done: the exposed part of communication.
         let talking = Instant::now();
-        let own_norm = global_norm(&self.gradients);
-        comm.all_reduce_f32(&mut self.gradients)?;
+        let finite = collector.finish(&mut self.gradients)?;
         let asked = f64::from(u8::from(stop.requested()));
         let mut control = [losses.denoising, losses.alignment, asked];
         comm.all_reduce_f64(&mut control, ReduceOp::Sum)?;
         let communication = talking.elapsed();
 
         let optimizing = Instant::now();
-        let norm = global_norm(&self.gradients) / f64::from(scale);
+        let pieces = self.gradients.pieces();
+        let norm = global_norm_of(pieces.iter().map(|(_, values)| *values)) / f64::from(scale);
         let learning_rate = self.state.learning_rate(config);
-        let step = self.state.advance(config, &self.gradients, norm);
-        self.count_skips(config, comm, step, own_norm)?;
+        let step = self.state.advance(config, &pieces, norm);
+        self.count_skips(config, comm.as_ref(), step, finite)?;
         let optimizer = optimizing.elapsed();
 
         let samples = config.train.global_batch as f64;
@@ -151,14 +158,14 @@ impl Session {
         config: &Config,
         comm: &dyn Communicator,
         step: Step,
-        own_norm: f64,
+        own_is_finite: bool,
     ) -> Result<(), TrainError> {
         if step != Step::NotFinite {
             self.skipped_in_a_row = 0;
             return Ok(());
         }
         if self.skipped_in_a_row == 0 {
-            let mine = if own_norm.is_finite() { comm.size() } else { comm.rank() };
+            let mine = if own_is_finite { comm.size() } else { comm.rank() };
             let mut lowest = [mine as i64];
             comm.all_reduce_i64(&mut lowest, ReduceOp::Min)?;
             self.first_skipped = (self.state.step, lowest[0] as usize);

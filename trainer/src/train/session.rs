@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use repa_comm::Communicator;
 
+use super::buckets::{Gradients, Plan};
 use super::feed::{Data, Feed};
 use super::folder::{self, RunFolder};
 use super::{Compute, State, TrainError};
@@ -21,7 +22,7 @@ pub(super) struct Session {
     pub(super) layout: Arc<Layout>,
     pub(super) state: State,
     pub(super) compute: Compute,
-    pub(super) gradients: Vec<f32>,
+    pub(super) gradients: Gradients,
     pub(super) feed: Feed,
     pub(super) skipped_in_a_row: u64,
     /// Step and lowest rank at which the present row of skipped steps began.
@@ -84,7 +85,7 @@ impl Session {
             .transpose()?;
         Ok(Self {
             compute: Compute::new(config, &layout, data.index(), device),
-            gradients: vec![0.0; layout.trainable_len()],
+            gradients: Gradients::new(Plan::new(&config.sit(), &layout, config.comm.bucket_mib << 20)),
             feed: data.feed(plan)?,
             skipped_in_a_row: 0,
             first_skipped: (0, 0),

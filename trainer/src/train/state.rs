@@ -1,5 +1,7 @@
 //! What a run has learned so far.
 
+use std::ops::Range;
+
 use crate::config::Config;
 use crate::objective::LossScaler;
 use crate::optim::{AdamW, clip_coefficient, ema_update};
@@ -63,9 +65,14 @@ impl State {
         optimizer.learning_rate * warm.min(1.0)
     }
 
-    /// Takes a step by the all-reduced `gradients`, which carry [`State::loss_scale`]; `norm` is
-    /// theirs without it. A gradient that is not finite moves nothing.
-    pub(super) fn advance(&mut self, config: &Config, gradients: &[f32], norm: f64) -> Step {
+    /// Takes a step by the all-reduced gradients, in pieces of the flat array, which carry
+    /// [`State::loss_scale`]; `norm` is theirs without it. A gradient that is not finite moves nothing.
+    pub(super) fn advance(
+        &mut self,
+        config: &Config,
+        gradients: &[(Range<usize>, &[f32])],
+        norm: f64,
+    ) -> Step {
         let scaling = config.train.precision.needs_loss_scaling();
         let (scale, learning_rate) = (self.loss_scale(config), self.learning_rate(config));
         self.step += 1;
@@ -86,14 +93,16 @@ impl State {
         };
         let grad_scale = clip_coefficient(norm, optimizer.max_grad_norm) / scale;
         self.updates += 1;
-        adamw.step(
-            self.updates,
-            &mut self.params,
-            gradients,
-            grad_scale,
-            &mut self.exp_avg,
-            &mut self.exp_avg_sq,
-        );
+        for (range, gradients) in gradients {
+            adamw.step(
+                self.updates,
+                &mut self.params[range.clone()],
+                gradients,
+                grad_scale,
+                &mut self.exp_avg[range.clone()],
+                &mut self.exp_avg_sq[range.clone()],
+            );
+        }
         ema_update(&mut self.ema, &self.params, optimizer.ema_decay);
         Step::Taken
     }
@@ -117,9 +126,9 @@ mod tests {
     fn a_gradient_that_is_not_finite_moves_nothing() {
         let (config, mut state) = start(Precision::F32);
         let before = state.clone();
-        assert_eq!(state.advance(&config, &[1.0, f32::NAN, 0.0], f64::NAN), Step::NotFinite);
+        assert_eq!(state.advance(&config, &[(0..3, &[1.0, f32::NAN, 0.0])], f64::NAN), Step::NotFinite);
         assert_eq!(state, State { step: 1, ..before });
-        assert_eq!(state.advance(&config, &[1.0, 2.0, 2.0], 3.0), Step::Taken);
+        assert_eq!(state.advance(&config, &[(0..3, &[1.0, 2.0, 2.0])], 3.0), Step::Taken);
         assert!(state.params.iter().all(|&w| w < 1.0) && state.updates == 1);
     }
 
@@ -130,12 +139,15 @@ mod tests {
         let scale = state.loss_scale(&config);
         assert_eq!(scale, 65_536.0);
         let before = state.params.clone();
-        assert_eq!(state.advance(&config, &[f32::INFINITY, 0.0, 0.0], f64::INFINITY), Step::Overflowed);
+        assert_eq!(
+            state.advance(&config, &[(0..3, &[f32::INFINITY, 0.0, 0.0])], f64::INFINITY),
+            Step::Overflowed
+        );
         assert_eq!(state.params, before);
         assert_eq!(state.loss_scale(&config), scale / 2.0);
         // Gradients carry the scale; what reaches AdamW does not.
         let scaled: Vec<f32> = [0.1f32, -0.2, 0.0].iter().map(|g| g * scale / 2.0).collect();
-        assert_eq!(state.advance(&config, &scaled, 0.05f64.sqrt()), Step::Taken);
+        assert_eq!(state.advance(&config, &[(0..3, &scaled)], 0.05f64.sqrt()), Step::Taken);
         assert!((state.exp_avg[0] - 0.01).abs() < 1e-6 && (state.exp_avg[1] + 0.02).abs() < 1e-6);
     }
 }

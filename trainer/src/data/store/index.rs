@@ -288,7 +288,7 @@ impl Index {
     }
 
     /// The index of a foreign layout that is read in place: no shards, and no statistics.
-    pub(in crate::data) fn in_place(contents: StoreSpec, samples: u64, normalisation: Normalisation) -> Self {
+    pub(crate) fn in_place(contents: StoreSpec, samples: u64, normalisation: Normalisation) -> Self {
         Self {
             format: FORMAT.to_owned(),
             version: VERSION,

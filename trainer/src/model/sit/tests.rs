@@ -56,10 +56,15 @@ fn relative(a: &[f32], b: &[f32]) -> f64 {
 
 /// Loss and gradients of one batch.
 fn loss_and_gradients(config: &SitConfig, precision: Precision, scale: f64) -> (f32, Vec<f32>) {
+    run_batch(config, scale, |params| Sit::bind_mixed(config, params, precision))
+}
+
+/// The same with a model bound by `bind`: the loss, and the gradients that it leaves on the parameters.
+fn run_batch(config: &SitConfig, scale: f64, bind: impl Fn(&Params) -> Sit) -> (f32, Vec<f32>) {
     let device = Device::flex().autodiff();
     let layout = Arc::new(config.layout());
     let params = Params::from_flat(&layout, &stirred(&layout), &device);
-    let model = Sit::bind_mixed(config, &params, precision);
+    let model = bind(&params);
     let t = times(&device);
     let (state, target) = interpolate(
         Path::Linear,
@@ -170,5 +175,45 @@ fn gradients_reach_every_parameter() {
         if !entry.name.ends_with("k_norm.bias") {
             assert!(part.iter().any(|&g| g.abs() > 1e-7), "{} has no gradient", entry.name);
         }
+    }
+}
+
+/// Keeps gradients, and the order in which they came.
+#[derive(Debug)]
+struct Keep(std::sync::Mutex<(Vec<f32>, Vec<usize>)>);
+
+impl crate::ops::GradientSink for Keep {
+    fn gradient(&self, offset: usize, values: &[f32]) {
+        let mut kept = self.0.lock().unwrap();
+        kept.0[offset..offset + values.len()].copy_from_slice(values);
+        kept.1.push(offset);
+    }
+}
+
+/// The watched form gives the plain form's gradients, each once, block by block from the output to the input.
+#[test]
+fn watched_gradients_are_the_plain_ones_and_come_in_the_order_promised() {
+    for precision in [Precision::F32, Precision::Bf16] {
+        let config = SitConfig { depth: 5, ..small() };
+        let (loss, expected) = loss_and_gradients(&config, precision, 1.0);
+        let layout = Arc::new(config.layout());
+        let keep = Arc::new(Keep(std::sync::Mutex::new((vec![0.0; layout.trainable_len()], Vec::new()))));
+        let sink: Arc<dyn crate::ops::GradientSink> = keep.clone();
+        let (watched_loss, left) =
+            run_batch(&config, 1.0, |params| Sit::bind_watched(&config, params, precision, &sink));
+        assert_eq!(loss, watched_loss);
+        assert!(left.iter().all(|&g| g == 0.0), "nothing is left on the leaves");
+        let (gradients, order) = &*keep.0.lock().unwrap();
+        let difference = relative(gradients, &expected);
+        assert!(difference < 1e-6, "{precision:?}: {difference:.2e}");
+        assert_eq!(order.len(), layout.entries().iter().filter(|e| e.trainable).count());
+        let positions: Vec<usize> = order
+            .iter()
+            .map(|&offset| {
+                let entry = layout.entries().iter().find(|e| e.trainable && e.offset == offset).unwrap();
+                config.backward_position(&entry.name)
+            })
+            .collect();
+        assert!(positions.is_sorted(), "{positions:?}");
     }
 }

@@ -18,7 +18,7 @@ use burn_flex::{Flex, FlexTensor};
 use rayon::prelude::*;
 
 use self::heads::{packed, unpacked};
-use super::SitOps;
+use super::{GradientSlot, SitOps};
 
 /// Elements of an element-wise operation that make one piece.
 const PIECE: usize = 16 * 1024;
@@ -193,6 +193,10 @@ unsafe fn map(
 }
 
 impl SitOps for Flex {
+    fn watch(value: FlexTensor, _: FlexTensor, _: GradientSlot) -> FlexTensor {
+        value
+    }
+
     fn gelu_tanh(x: FlexTensor) -> FlexTensor {
         // SAFETY: the kernel writes every element.
         unsafe { map(x, PIECE, |x, y| simd::run(elementwise::Gelu { x, y })) }

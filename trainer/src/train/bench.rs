@@ -1,0 +1,173 @@
+//! The figures of `repa-dist bench step`: how long steps take on random data, without reading or saving any.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use half::f16;
+use repa_comm::{Communicator, ReduceOp};
+use serde::Serialize;
+
+use super::buckets::{Gradients, Plan};
+use super::{Compute, State, TrainError, session};
+use crate::config::Config;
+use crate::data::batch::rank_samples;
+use crate::data::bench::imagenet_spec;
+use crate::data::draws::{Draws, Purpose};
+use crate::data::loader::Batch;
+use crate::data::store::{EncoderSpec, Index, Normalisation, StoreSpec};
+use crate::ops::GradientSink;
+use crate::optim::global_norm_of;
+
+/// Steps before the clock starts.
+const WARM_UP: usize = 2;
+
+/// What was measured; times are medians over the steps, of the slowest rank.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct StepBench {
+    /// Number of ranks.
+    pub ranks: usize,
+    /// Parameters of the model, projectors included.
+    pub parameters: usize,
+    /// Samples of a step, over all ranks.
+    pub global_batch: usize,
+    /// Steps that were timed.
+    pub steps: usize,
+    /// Seconds of a step.
+    pub step_seconds: f64,
+    /// Of which forward and backward pass.
+    pub compute_seconds: f64,
+    /// Of which sums over the ranks that the backward pass did not hide, waiting for other ranks included.
+    pub exposed_communication_seconds: f64,
+    /// Of which clipping, AdamW and EMA.
+    pub optimizer_seconds: f64,
+    /// Samples a second, over all ranks.
+    pub images_per_second: f64,
+}
+
+/// Times `steps` steps of a configuration, on all ranks.
+///
+/// # Errors
+/// The device cannot be used, or the ranks cannot talk.
+pub fn run(config: &Config, comm: &Arc<dyn Communicator>, steps: usize) -> Result<StepBench, TrainError> {
+    let device = session::open_device(config, comm.as_ref())?;
+    let sit = config.sit();
+    let layout = Arc::new(sit.layout());
+    let index = index(config);
+    let compute = Compute::new(config, &layout, &index, &device);
+    let mut state = State::new(&layout, config.train.seed);
+    let mut gradients = Gradients::new(Plan::new(&sit, &layout, config.comm.bucket_mib << 20));
+    let batch = batch(config, &index, comm.as_ref());
+    let mut times: [Vec<f64>; 4] = Default::default();
+    for step in 0..WARM_UP + steps {
+        comm.barrier()?;
+        let begin = Instant::now();
+        let scale = state.loss_scale(config);
+        let collector = gradients.collect(comm, config.comm.overlap);
+        let sink: Arc<dyn GradientSink> = collector.clone();
+        compute.gradients(&state.params, &batch, scale, &sink);
+        let computed = begin.elapsed();
+        collector.finish(&mut gradients)?;
+        let summed = begin.elapsed();
+        let pieces = gradients.pieces();
+        let norm = global_norm_of(pieces.iter().map(|(_, values)| *values)) / f64::from(scale);
+        state.advance(config, &pieces, norm);
+        let all = begin.elapsed();
+        if step >= WARM_UP {
+            for (list, time) in times.iter_mut().zip([all, computed, summed - computed, all - summed]) {
+                list.push(time.as_secs_f64());
+            }
+        }
+    }
+    let mut medians = times.map(|mut list| {
+        list.sort_by(f64::total_cmp);
+        list[list.len() / 2]
+    });
+    comm.all_reduce_f64(&mut medians, ReduceOp::Max)?;
+    let [step_seconds, compute_seconds, exposed, optimizer_seconds] = medians;
+    Ok(StepBench {
+        ranks: comm.size(),
+        parameters: layout.total_len(),
+        global_batch: config.train.global_batch,
+        steps,
+        step_seconds,
+        compute_seconds,
+        exposed_communication_seconds: exposed,
+        optimizer_seconds,
+        images_per_second: config.train.global_batch as f64 / step_seconds,
+    })
+}
+
+/// Data that the configuration's model fits.
+fn index(config: &Config) -> Index {
+    let sit = config.sit();
+    let encoder = |(i, &dim): (usize, &usize)| EncoderSpec { id: i.to_string(), tokens: sit.tokens(), dim };
+    let spec = StoreSpec {
+        channels: sit.in_channels,
+        height: sit.input_size,
+        width: sit.input_size,
+        classes: sit.num_classes,
+        encoders: sit.z_dims.iter().enumerate().map(encoder).collect(),
+        ..imagenet_spec(false)
+    };
+    let normalisation = Normalisation::uniform(sit.in_channels, 1.0);
+    Index::in_place(spec, 1, normalisation)
+}
+
+/// This rank's part of a batch of random numbers.
+fn batch(config: &Config, index: &Index, comm: &dyn Communicator) -> Batch {
+    let contents = &index.contents;
+    let samples = rank_samples(0, config.train.global_batch, comm.rank(), comm.size());
+    let count = (samples.end - samples.start) as usize;
+    let draws = Draws::new(config.train.seed, Purpose::Noise);
+    let normal = |number: u64, len: usize| {
+        let mut values = vec![0.0f32; len];
+        draws.normal(samples.start * 8 + number, &mut values);
+        values
+    };
+    let latent = count * contents.latent_len();
+    let features = contents
+        .encoders
+        .iter()
+        .map(|e| normal(3, count * e.tokens * e.dim).into_iter().map(f16::from_f32).collect())
+        .collect();
+    Batch {
+        indices: vec![0; count],
+        latents: normal(0, count * contents.stored_len()).into_iter().map(f32::abs).collect(),
+        posterior_eps: normal(1, latent),
+        noise: normal(2, latent),
+        time_uniform: (0..count).map(|i| (i as f32 + 0.5) / count as f32).collect(),
+        time_normal: vec![0.0; count],
+        labels: vec![0; count],
+        labels_original: vec![0; count],
+        features,
+        samples,
+        ..Batch::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use repa_comm::Single;
+
+    #[test]
+    fn steps_are_timed_and_the_parts_make_the_whole() {
+        let mut config = Config::default();
+        config.model.input_size = 8;
+        config.model.hidden_size = 32;
+        config.model.depth = 2;
+        config.model.num_heads = 2;
+        config.alignment.encoder_depth = 1;
+        config.alignment.projector_dim = 16;
+        config.alignment.z_dims = vec![12];
+        config.train.global_batch = 4;
+        config.train.threads = 1;
+        let comm: Arc<dyn Communicator> = Arc::new(Single::new());
+        let figures = run(&config, &comm, 5).unwrap();
+        let parts =
+            figures.compute_seconds + figures.exposed_communication_seconds + figures.optimizer_seconds;
+        // Medians of parts do not add up to the median of the whole, but nearly.
+        assert!(parts > 0.5 * figures.step_seconds && parts < 2.0 * figures.step_seconds, "{figures:?}");
+        assert_eq!((figures.ranks, figures.steps, figures.global_batch), (1, 5, 4));
+    }
+}
