@@ -20,6 +20,8 @@ if ! ls /usr/lib/llvm-*/lib/libclang.so* /usr/lib/llvm-*/lib/libclang-[0-9]*.so*
     need libclang-dev
 fi
 command -v pkg-config >/dev/null 2>&1 || need pkg-config
+# Several hosts in network namespaces.
+if [ "${1:-}" = test ] && ! command -v tc >/dev/null 2>&1; then need iproute2; fi
 
 if [ -n "$packages" ]; then
     command -v apt-get >/dev/null 2>&1 ||

@@ -56,14 +56,14 @@ def note(message: str) -> None:
 
 
 def enter_environment(env: Path) -> None:
-    """Goes on in the virtual environment `env`, which is made if it is missing or incomplete."""
+    """Goes on with the script in the virtual environment `env`, made if missing or incomplete."""
     if Path(sys.prefix).resolve() == env.resolve():
         return
     python = env / "bin" / "python"
     if not has_packages(python):
         make_environment(env, python)
     note(f"going on in {env}")
-    os.execv(python, [str(python), str(Path(__file__).resolve()), *sys.argv[1:]])
+    os.execv(python, [str(python), str(Path(sys.argv[0]).resolve()), *sys.argv[1:]])
 
 
 def has_packages(python: Path) -> bool:

@@ -1,6 +1,8 @@
 //! Helpers for the end-to-end tests: running real commands with a deadline, and small data to run
 //! them on.
 
+pub mod hosts;
+
 use std::io::Read;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -16,10 +18,10 @@ use repa_trainer::telemetry::record::{StepRecord, log_path, read_log};
 
 /// The binary under test.
 pub fn binary() -> PathBuf {
-    // Tests lie in target/release/deps; the binary, which this package's build brings along, above.
+    // Tests lie in target/release/deps (examples beside it); the binary, which this package's build brings along, above.
     let mut path = std::env::current_exe().expect("the test's own path");
     path.pop();
-    if path.ends_with("deps") {
+    if path.ends_with("deps") || path.ends_with("examples") {
         path.pop();
     }
     let path = path.join("repa-dist");

@@ -21,21 +21,58 @@ pub(super) struct Transfer {
     bytes: Range<usize>,
 }
 
-/// Staging buffers and the communicator they are sent through. Users' slices are never given to MPI, so that a
-/// missed deadline leaves no operation behind that would still write into them.
+/// Staging buffers of one exchange. Users' slices are never given to MPI, so that a missed deadline leaves no
+/// operation behind that would still write into them.
+#[derive(Default)]
+struct Lane {
+    send: Vec<u64>,
+    receive: Vec<u64>,
+    /// Operations that have been started on the buffers, and perhaps not ended.
+    requests: Vec<Request>,
+}
+
+impl Lane {
+    fn reserve(&mut self, send: usize, receive: usize) {
+        self.send.resize(send.div_ceil(8).max(self.send.len()), 0);
+        self.receive.resize(receive.div_ceil(8).max(self.receive.len()), 0);
+    }
+
+    fn sending(&mut self) -> &mut [u8] {
+        bytemuck::cast_slice_mut(&mut self.send)
+    }
+
+    fn received(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.receive)
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        // SAFETY: a constant of the library.
+        let null = unsafe { ffi::RSMPI_REQUEST_NULL };
+        if self.requests.iter().any(|request| request.handle != null) {
+            // Unfinished operations may still read and write these.
+            std::mem::forget(std::mem::take(&mut self.send));
+            std::mem::forget(std::mem::take(&mut self.receive));
+        }
+    }
+}
+
+/// The communicator and its buffers. The steps of a long vector are a pipeline: while the sums of one step go
+/// out, the next step's inputs are already on their way. So inputs and results have two lanes each, by turns.
 pub(super) struct Messages {
     comm: ffi::MPI_Comm,
     rank: usize,
     size: usize,
     chunk_bytes: usize,
-    send: Vec<u64>,
-    receive: Vec<u64>,
+    inputs: [Lane; 2],
+    results: [Lane; 2],
 }
 
 impl Messages {
     /// `comm` must be a communicator of `size` ranks that nothing else uses, with errors returned.
     pub(super) fn new(comm: ffi::MPI_Comm, rank: usize, size: usize, chunk_bytes: usize) -> Self {
-        Self { comm, rank, size, chunk_bytes, send: Vec::new(), receive: Vec::new() }
+        Self { comm, rank, size, chunk_bytes, inputs: Default::default(), results: Default::default() }
     }
 
     fn others(&self) -> impl Iterator<Item = usize> + use<> {
@@ -44,43 +81,25 @@ impl Messages {
         (1..size).map(move |step| (rank + step) % size)
     }
 
-    fn reserve(&mut self, send: usize, receive: usize) {
-        self.send.resize(send.div_ceil(8).max(self.send.len()), 0);
-        self.receive.resize(receive.div_ceil(8).max(self.receive.len()), 0);
-    }
-
-    /// Sends parts of `self.send` and receives into parts of `self.receive`, all at the same time. The receiving
-    /// ranges must not overlap.
-    fn exchange(
-        &mut self,
+    /// Starts to send parts of the lane's buffer and to receive into parts of its other one, all at the same
+    /// time. The receiving ranges must not overlap, and nothing else may go on in the lane. Messages between two
+    /// ranks arrive in the order in which they were started.
+    fn start(
+        comm: ffi::MPI_Comm,
+        lane: &mut Lane,
         sends: &[Transfer],
         receives: &[Transfer],
-        waiter: &mut Waiter,
+        waiter: &Waiter,
     ) -> Result<(), CommError> {
-        let result = self.try_exchange(sends, receives, waiter);
-        if result.is_err() {
-            // Unfinished operations may still read and write these.
-            std::mem::forget(std::mem::take(&mut self.send));
-            std::mem::forget(std::mem::take(&mut self.receive));
-        }
-        result
-    }
-
-    fn try_exchange(
-        &mut self,
-        sends: &[Transfer],
-        receives: &[Transfer],
-        waiter: &mut Waiter,
-    ) -> Result<(), CommError> {
-        let mut requests = Vec::with_capacity(sends.len() + receives.len());
-        let receiving: &mut [u8] = bytemuck::cast_slice_mut(&mut self.receive);
+        debug_assert!(lane.requests.is_empty(), "the lane is in use");
+        let receiving: &mut [u8] = bytemuck::cast_slice_mut(&mut lane.receive);
         for transfer in receives {
             for piece in cut(&transfer.bytes) {
                 let bytes = &mut receiving[piece];
                 // SAFETY: a static of the library serves as the first value; MPI_Irecv overwrites it.
                 let mut handle = unsafe { ffi::RSMPI_REQUEST_NULL };
                 // SAFETY: the bytes are exclusively ours, not touched by Rust until the request is complete, and
-                // leaked by `exchange` if it never is; the count fits (LONGEST_MESSAGE).
+                // leaked by `Lane::drop` if it never is; the count fits (LONGEST_MESSAGE).
                 let code = unsafe {
                     ffi::MPI_Irecv(
                         bytes.as_mut_ptr().cast(),
@@ -88,15 +107,15 @@ impl Messages {
                         ffi::RSMPI_UINT8_T,
                         transfer.peer as c_int,
                         TAG,
-                        self.comm,
+                        comm,
                         &mut handle,
                     )
                 };
-                requests.push(Request { handle, peer: transfer.peer });
-                check(code, waiter.collective, self.rank, self.size)?;
+                lane.requests.push(Request { handle, peer: transfer.peer });
+                check(code, waiter.collective, waiter.rank, waiter.size)?;
             }
         }
-        let sending: &[u8] = bytemuck::cast_slice(&self.send);
+        let sending: &[u8] = bytemuck::cast_slice(&lane.send);
         for transfer in sends {
             for piece in cut(&transfer.bytes) {
                 let bytes = &sending[piece];
@@ -110,15 +129,34 @@ impl Messages {
                         ffi::RSMPI_UINT8_T,
                         transfer.peer as c_int,
                         TAG,
-                        self.comm,
+                        comm,
                         &mut handle,
                     )
                 };
-                requests.push(Request { handle, peer: transfer.peer });
-                check(code, waiter.collective, self.rank, self.size)?;
+                lane.requests.push(Request { handle, peer: transfer.peer });
+                check(code, waiter.collective, waiter.rank, waiter.size)?;
             }
         }
-        raw::complete(&mut requests, waiter)
+        Ok(())
+    }
+
+    /// Waits for what was started in a lane.
+    fn end(lane: &mut Lane, waiter: &mut Waiter) -> Result<(), CommError> {
+        raw::complete(&mut lane.requests, waiter)?;
+        lane.requests.clear();
+        Ok(())
+    }
+
+    /// One exchange in the first lane of inputs.
+    fn exchange(
+        &mut self,
+        sends: &[Transfer],
+        receives: &[Transfer],
+        waiter: &mut Waiter,
+    ) -> Result<(), CommError> {
+        let lane = &mut self.inputs[0];
+        Self::start(self.comm, lane, sends, receives, waiter)?;
+        Self::end(lane, waiter)
     }
 
     /// All-reduce or one of its halves (see [`Phases`]), in place.
@@ -133,48 +171,42 @@ impl Messages {
             return self.run_small(data, op, waiter);
         }
         let pieces = Pieces::new::<T>(data.len(), self.size, self.chunk_bytes);
-        let width = size_of::<T>();
-        let slot = pieces.piece * width;
-        self.reserve(slot * self.size, slot * self.size);
-        let (rank, size) = (self.rank, self.size);
-        let at = |peer: usize, elements: usize| peer * slot..peer * slot + elements * width;
         let others: Vec<usize> = self.others().collect();
+        let slot = pieces.piece * size_of::<T>();
+        let all = slot * self.size;
+        for lane in self.inputs.iter_mut().chain(&mut self.results) {
+            lane.reserve(all, all);
+        }
+        let plan = Step { others: &others, pieces: &pieces, slot, rank: self.rank, size: self.size };
+        let comm = self.comm;
+        if phases.reduces() {
+            plan.start_inputs(comm, &mut self.inputs[0], data, 0, waiter)?;
+        }
         for step in 0..pieces.steps {
-            let mine = pieces.of(rank, step);
+            let (now, next) = (step % 2, (step + 1) % 2);
+            let mine = pieces.of(self.rank, step);
             if phases.reduces() {
-                let send: &mut [u8] = bytemuck::cast_slice_mut(&mut self.send);
-                for &peer in &others {
-                    let theirs = pieces.of(peer, step);
-                    send[at(peer, theirs.len())].copy_from_slice(bytemuck::cast_slice(&data[theirs]));
+                Self::end(&mut self.inputs[now], waiter)?;
+                if step + 1 < pieces.steps {
+                    plan.start_inputs(comm, &mut self.inputs[next], data, step + 1, waiter)?;
                 }
-                let sends: Vec<_> = others
-                    .iter()
-                    .map(|&peer| Transfer { peer, bytes: at(peer, pieces.of(peer, step).len()) })
-                    .collect();
-                let receives: Vec<_> =
-                    others.iter().map(|&peer| Transfer { peer, bytes: at(peer, mine.len()) }).collect();
-                self.exchange(&sends, &receives, waiter)?;
-                let received: &[u8] = bytemuck::cast_slice(&self.receive);
-                let other = |peer: usize| bytemuck::cast_slice::<u8, T>(&received[at(peer, mine.len())]);
-                fold(op, rank, size, &mut data[mine.clone()], other, |_, _| ());
+                let received = self.inputs[now].received();
+                let other =
+                    |peer: usize| bytemuck::cast_slice::<u8, T>(&received[plan.at::<T>(peer, mine.len())]);
+                fold(op, self.rank, self.size, &mut data[mine.clone()], other, |_, _| ());
             }
             if phases.gathers() {
-                let send: &mut [u8] = bytemuck::cast_slice_mut(&mut self.send);
-                send[at(rank, mine.len())].copy_from_slice(bytemuck::cast_slice(&data[mine.clone()]));
-                let sends: Vec<_> =
-                    others.iter().map(|&peer| Transfer { peer, bytes: at(rank, mine.len()) }).collect();
-                let receives: Vec<_> = others
-                    .iter()
-                    .map(|&peer| Transfer { peer, bytes: at(peer, pieces.of(peer, step).len()) })
-                    .collect();
-                self.exchange(&sends, &receives, waiter)?;
-                let received: &[u8] = bytemuck::cast_slice(&self.receive);
-                for &peer in &others {
-                    let theirs = pieces.of(peer, step);
-                    let bytes = &received[at(peer, theirs.len())];
-                    data[theirs].copy_from_slice(bytemuck::cast_slice(bytes));
+                plan.start_results(comm, &mut self.results[now], data, step, waiter)?;
+                if step > 0 {
+                    Self::end(&mut self.results[next], waiter)?;
+                    plan.take_results(&self.results[next], data, step - 1);
                 }
             }
+        }
+        if phases.gathers() {
+            let last = pieces.steps - 1;
+            Self::end(&mut self.results[last % 2], waiter)?;
+            plan.take_results(&self.results[last % 2], data, last);
         }
         Ok(())
     }
@@ -187,14 +219,13 @@ impl Messages {
     ) -> Result<(), CommError> {
         let bytes = size_of_val(data);
         let slot = bytes.next_multiple_of(8);
-        self.reserve(bytes, slot * self.size);
-        let send: &mut [u8] = bytemuck::cast_slice_mut(&mut self.send);
-        send[..bytes].copy_from_slice(bytemuck::cast_slice(data));
+        self.inputs[0].reserve(bytes, slot * self.size);
+        self.inputs[0].sending()[..bytes].copy_from_slice(bytemuck::cast_slice(data));
         let at = |peer: usize| peer * slot..peer * slot + bytes;
         let sends: Vec<_> = self.others().map(|peer| Transfer { peer, bytes: 0..bytes }).collect();
         let receives: Vec<_> = self.others().map(|peer| Transfer { peer, bytes: at(peer) }).collect();
         self.exchange(&sends, &receives, waiter)?;
-        let received: &[u8] = bytemuck::cast_slice(&self.receive);
+        let received = self.inputs[0].received();
         let other = |peer: usize| bytemuck::cast_slice::<u8, T>(&received[at(peer)]);
         fold(op, self.rank, self.size, data, other, |_, _| ());
         Ok(())
@@ -215,14 +246,13 @@ impl Messages {
             starts.push(total);
             total += length as usize;
         }
-        self.reserve(mine.len(), total);
-        let send: &mut [u8] = bytemuck::cast_slice_mut(&mut self.send);
-        send[..mine.len()].copy_from_slice(mine);
+        self.inputs[0].reserve(mine.len(), total);
+        self.inputs[0].sending()[..mine.len()].copy_from_slice(mine);
         let at = |peer: usize| starts[peer]..starts[peer] + lengths[peer] as usize;
         let sends: Vec<_> = self.others().map(|peer| Transfer { peer, bytes: 0..mine.len() }).collect();
         let receives: Vec<_> = self.others().map(|peer| Transfer { peer, bytes: at(peer) }).collect();
         self.exchange(&sends, &receives, waiter)?;
-        let received: &[u8] = bytemuck::cast_slice(&self.receive);
+        let received = self.inputs[0].received();
         let part = |peer| if peer == self.rank { mine.to_vec() } else { received[at(peer)].to_vec() };
         Ok((0..self.size).map(part).collect())
     }
@@ -246,22 +276,89 @@ impl Messages {
             .collect();
         let parent = (place != 0).then(|| rank_of(place - lowest));
         if let Some(parent) = parent {
-            self.reserve(0, 8);
+            self.inputs[0].reserve(0, 8);
             self.exchange(&[], &[Transfer { peer: parent, bytes: 0..8 }], waiter)?;
-            let length = self.receive[0] as usize;
-            self.reserve(0, length);
+            let length = self.inputs[0].receive[0] as usize;
+            self.inputs[0].reserve(0, length);
             self.exchange(&[], &[Transfer { peer: parent, bytes: 0..length }], waiter)?;
             data.clear();
-            data.extend_from_slice(&bytemuck::cast_slice::<u64, u8>(&self.receive)[..length]);
+            data.extend_from_slice(&self.inputs[0].received()[..length]);
         }
         let to_children = |bytes: Range<usize>| -> Vec<Transfer> {
             children.iter().map(|&peer| Transfer { peer, bytes: bytes.clone() }).collect()
         };
-        self.reserve(8.max(data.len()), 0);
-        self.send[0] = data.len() as u64;
+        self.inputs[0].reserve(8.max(data.len()), 0);
+        self.inputs[0].send[0] = data.len() as u64;
         self.exchange(&to_children(0..8), &[], waiter)?;
-        bytemuck::cast_slice_mut::<u64, u8>(&mut self.send)[..data.len()].copy_from_slice(data);
+        self.inputs[0].sending()[..data.len()].copy_from_slice(data);
         self.exchange(&to_children(0..data.len()), &[], waiter)
+    }
+}
+
+/// How the pieces of a vector travel in each step.
+struct Step<'a> {
+    others: &'a [usize],
+    pieces: &'a Pieces,
+    /// Bytes of a buffer that belong to one rank.
+    slot: usize,
+    rank: usize,
+    size: usize,
+}
+
+impl Step<'_> {
+    /// Where the buffer holds `elements` elements of a peer.
+    fn at<T>(&self, peer: usize, elements: usize) -> Range<usize> {
+        debug_assert!(peer < self.size);
+        peer * self.slot..peer * self.slot + elements * size_of::<T>()
+    }
+
+    fn theirs<T>(&self, step: usize) -> Vec<Transfer> {
+        let transfer =
+            |&peer: &usize| Transfer { peer, bytes: self.at::<T>(peer, self.pieces.of(peer, step).len()) };
+        self.others.iter().map(transfer).collect()
+    }
+
+    /// This rank's values of the others' pieces go to them, theirs of its own come.
+    fn start_inputs<T: Element>(
+        &self,
+        comm: ffi::MPI_Comm,
+        lane: &mut Lane,
+        data: &[T],
+        step: usize,
+        waiter: &Waiter,
+    ) -> Result<(), CommError> {
+        for &peer in self.others {
+            let values = &data[self.pieces.of(peer, step)];
+            lane.sending()[self.at::<T>(peer, values.len())].copy_from_slice(bytemuck::cast_slice(values));
+        }
+        let mine = self.pieces.of(self.rank, step).len();
+        let receives: Vec<_> =
+            self.others.iter().map(|&peer| Transfer { peer, bytes: self.at::<T>(peer, mine) }).collect();
+        Messages::start(comm, lane, &self.theirs::<T>(step), &receives, waiter)
+    }
+
+    /// This rank's sums go to the others, theirs come.
+    fn start_results<T: Element>(
+        &self,
+        comm: ffi::MPI_Comm,
+        lane: &mut Lane,
+        data: &[T],
+        step: usize,
+        waiter: &Waiter,
+    ) -> Result<(), CommError> {
+        let values = &data[self.pieces.of(self.rank, step)];
+        let place = self.at::<T>(self.rank, values.len());
+        lane.sending()[place.clone()].copy_from_slice(bytemuck::cast_slice(values));
+        let sends: Vec<_> = self.others.iter().map(|&peer| Transfer { peer, bytes: place.clone() }).collect();
+        Messages::start(comm, lane, &sends, &self.theirs::<T>(step), waiter)
+    }
+
+    fn take_results<T: Element>(&self, lane: &Lane, data: &mut [T], step: usize) {
+        for &peer in self.others {
+            let theirs = self.pieces.of(peer, step);
+            let bytes = &lane.received()[self.at::<T>(peer, theirs.len())];
+            data[theirs].copy_from_slice(bytemuck::cast_slice(bytes));
+        }
     }
 }
 

@@ -8,6 +8,7 @@
 mod messages;
 mod raw;
 mod shared;
+mod stream;
 mod thread;
 mod waiter;
 
@@ -216,8 +217,7 @@ impl Communicator for Mpi {
         let (reply, receiver) = channel();
         let deadline = self.deadline();
         self.submit(Box::new(move |engine| {
-            let result =
-                engine.reduce(collective, &mut data, ReduceOp::Sum, Phases::ReduceAndGather, deadline);
+            let result = engine.reduce_in_background(&mut data, deadline);
             // Nobody listens if the handle was dropped; an error stays with the engine for the next call.
             drop(reply.send(result.map(|()| data)));
         }));

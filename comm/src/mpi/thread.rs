@@ -37,6 +37,12 @@ pub(super) struct Engine {
 /// The time a rank polls with yields before it sleeps between polls.
 const YIELDS: Duration = Duration::from_millis(1);
 
+/// Nice value of the communication thread, where it may have one.
+const PRIORITY: i32 = -10;
+
+/// The same where the rank computes meanwhile, and needs the processor more.
+const BACKGROUND: Patience = Patience { spins: 0, yields: Duration::from_micros(20) };
+
 impl Engine {
     /// Starts MPI and finds out who is where.
     pub(super) fn start(options: &Options) -> Result<Self, CommError> {
@@ -106,6 +112,9 @@ impl Engine {
 
     /// Does work in order until told to stop, or until nobody is left to ask; then ends MPI.
     pub(super) fn serve(mut self, inbox: &Receiver<Order>) {
+        // This thread works little and often, and what the rank's computing threads gain by making it wait, the
+        // whole job loses. Lowering the nice value takes a privilege; without it, things stay as they are.
+        let _ = rustix::process::setpriority_process(None, PRIORITY);
         while let Ok(Order::Work(work)) = inbox.recv() {
             work(&mut self);
         }
@@ -133,11 +142,21 @@ impl Engine {
         deadline: Option<Duration>,
         work: impl FnOnce(&mut Self, &mut Waiter) -> Result<R, CommError>,
     ) -> Result<R, CommError> {
+        self.call_with(self.patience, collective, deadline, work)
+    }
+
+    fn call_with<R>(
+        &mut self,
+        patience: Patience,
+        collective: Collective,
+        deadline: Option<Duration>,
+        work: impl FnOnce(&mut Self, &mut Waiter) -> Result<R, CommError>,
+    ) -> Result<R, CommError> {
         let (rank, size) = (self.topology.rank, self.topology.size);
         if let Some(error) = &self.failed {
             return Err(CommError::Ended { collective, rank, size, cause: Some(error.to_string()) });
         }
-        let mut waiter = Waiter::new(collective, rank, size, self.patience, deadline);
+        let mut waiter = Waiter::new(collective, rank, size, patience, deadline);
         work(self, &mut waiter).inspect_err(|error| self.failed = Some(error.clone()))
     }
 
@@ -152,6 +171,21 @@ impl Engine {
         self.call(collective, deadline, |engine, waiter| match &mut engine.shared {
             Some(shared) => shared.run(data, op, phases, waiter),
             None => engine.messages.run(data, op, phases, waiter),
+        })
+    }
+
+    /// All-reduce while the rank computes.
+    pub(super) fn reduce_in_background(
+        &mut self,
+        data: &mut [f32],
+        deadline: Option<Duration>,
+    ) -> Result<(), CommError> {
+        let (op, phases) = (ReduceOp::Sum, Phases::ReduceAndGather);
+        self.call_with(BACKGROUND, Collective::AllReduce, deadline, |engine, waiter| {
+            match &mut engine.shared {
+                Some(shared) => shared.run(data, op, phases, waiter),
+                None => engine.messages.run(data, op, phases, waiter),
+            }
         })
     }
 

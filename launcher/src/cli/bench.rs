@@ -32,6 +32,9 @@ enum Command {
         /// Seconds to spend on a size
         #[arg(long, default_value_t = 1.0)]
         seconds: f64,
+        /// Bytes that are handled at a time, in KiB (64 to 8192); changes no bit
+        #[arg(long, value_name = "KIB")]
+        chunk_kib: Option<usize>,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -118,8 +121,12 @@ enum ImagesName {
 
 pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     match &arguments.command {
-        Command::AllReduce { against_mpi, max_mib, seconds, json } => {
-            all_reduce(*against_mpi, *max_mib, *seconds, *json)
+        Command::AllReduce { against_mpi, max_mib, seconds, chunk_kib, json } => {
+            let mut start = Options::default();
+            if let Some(kib) = chunk_kib {
+                start.chunk_bytes = kib << 10;
+            }
+            all_reduce(&start, *against_mpi, *max_mib, *seconds, *json)
         }
         Command::Step { settings, steps, json } => step(settings, *steps, *json),
         Command::Data(arguments) => data(arguments),
@@ -228,11 +235,17 @@ fn step(settings: &Settings, steps: usize, json: bool) -> Result<Outcome, Failur
     Ok(Outcome::Done)
 }
 
-fn all_reduce(against_mpi: bool, max_mib: usize, seconds: f64, json: bool) -> Result<Outcome, Failure> {
+fn all_reduce(
+    start: &Options,
+    against_mpi: bool,
+    max_mib: usize,
+    seconds: f64,
+    json: bool,
+) -> Result<Outcome, Failure> {
     if !(seconds > 0.0 && seconds.is_finite()) || max_mib == 0 {
         return Err(Failure::usage("--seconds and --max-mib must be above 0"));
     }
-    let comm = repa_comm::init(&Options::default()).map_err(Failure::runtime)?;
+    let comm = repa_comm::init(start).map_err(Failure::runtime)?;
     repa_comm::install_panic_hook();
     let sizes = [1 << 10, 16 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, 128 << 20, 512 << 20];
     let options = BenchOptions {

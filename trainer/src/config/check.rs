@@ -34,6 +34,7 @@ impl Config {
         below_one("optimizer.beta1", optimizer.beta1)?;
         below_one("optimizer.beta2", optimizer.beta2)?;
         for (key, value) in [
+            ("comm.timeout_seconds", self.comm.timeout_seconds),
             ("optimizer.learning_rate", optimizer.learning_rate),
             ("optimizer.epsilon", optimizer.epsilon),
             ("optimizer.max_grad_norm", optimizer.max_grad_norm),

@@ -327,11 +327,14 @@ pub struct CommConfig {
     pub overlap: bool,
     /// Size of the buckets in which they are summed, in MiB. Changes no bit.
     pub bucket_mib: usize,
+    /// Seconds that a collective may take, waiting for the slowest rank included, before the run ends with
+    /// an error that names the ranks that did not come.
+    pub timeout_seconds: f64,
 }
 
 impl Default for CommConfig {
     fn default() -> Self {
-        Self { overlap: true, bucket_mib: 16 }
+        Self { overlap: true, bucket_mib: 16, timeout_seconds: 600.0 }
     }
 }
 

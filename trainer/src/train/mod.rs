@@ -13,7 +13,7 @@ mod state;
 mod stop;
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use repa_comm::{Communicator, Failure, ReduceOp, RemoteError, all_or_first_error};
 
@@ -79,6 +79,9 @@ fn begin(loaded: &Loaded, comm: &dyn Communicator, stop: &mut StopRequest) -> Re
     };
     let (device, data) = agree(comm, local())?;
     saving::same_settings(loaded, comm)?;
+    // Longer than this counts as for ever.
+    const LONGEST: f64 = 1e9;
+    comm.set_deadline(Some(Duration::from_secs_f64(config.comm.timeout_seconds.min(LONGEST))));
     let claimed = if comm.rank() == 0 { saving::claim(loaded, comm, stop).map(Some) } else { Ok(None) };
     let claimed = agree(comm, claimed)?;
     let (folder, found) = claimed.map_or((None, None), |(folder, found)| (Some(folder), found));

@@ -1,0 +1,77 @@
+//! Ranks on several hosts: network namespaces, real TCP between them. Takes root; skipped with a reason
+//! elsewhere. Some 40 s on two cores.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use repa_tests::hosts::Hosts;
+use repa_tests::{Running, log, loss_difference, mpirun, run_in, small_model, small_store};
+
+const DEADLINE: Duration = Duration::from_secs(120);
+
+/// Hosts, or why there are none.
+fn hosts(count: usize) -> Option<Hosts> {
+    match Hosts::new(count) {
+        Ok(hosts) => Some(hosts),
+        Err(reason) => {
+            eprintln!("skipped: no network namespaces here ({reason})");
+            None
+        }
+    }
+}
+
+#[test]
+fn three_hosts_train_to_the_losses_of_one() {
+    let Some(hosts) = hosts(3) else { return };
+    let here = hosts.folder();
+    small_store(&here.join("store"), 23);
+    let train = |name: &str, command: &dyn Fn(&[&str]) -> std::process::Command, more: &[&str]| {
+        let mut arguments = small_model(&here.join("store"), &here.join(name));
+        arguments.extend(more.iter().map(|&a| a.to_owned()));
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let ended = run_in(here, command(&arguments), DEADLINE);
+        (log(&here.join(name)), ended.stdout + &ended.stderr)
+    };
+    let (one, _) = train("one", &|a| mpirun(6, a), &[]);
+    let (three, said) = train("three", &|a| hosts.mpirun(2, a), &[]);
+    assert!(said.contains("6 ranks on 3 hosts"), "{said}");
+    assert!(one.len() == 12 && loss_difference(&one, &three) < 1e-6, "{:.2e}", loss_difference(&one, &three));
+    // Neither overlap nor the bucket's size changes a bit, also between hosts.
+    let (plain, _) = train("plain", &|a| hosts.mpirun(2, a), &["comm.overlap=false", "comm.bucket_mib=1"]);
+    let losses = |records: &[repa_trainer::telemetry::record::StepRecord]| {
+        records.iter().map(|r| r.loss).collect::<Vec<_>>()
+    };
+    assert_eq!(losses(&three), losses(&plain));
+}
+
+/// A host goes away in the middle of a run: within the deadline and a little, every rank has ended, and the
+/// one that mpirun still hears has said whom it waited for. mpirun itself waits on for the lost host, for
+/// minutes: what starts it has to end it.
+#[test]
+fn a_link_that_goes_down_ends_all_ranks() {
+    let Some(hosts) = hosts(2) else { return };
+    let here = hosts.folder();
+    small_store(&here.join("store"), 23);
+    let run = here.join("run");
+    let mut arguments = small_model(&here.join("store"), &run);
+    arguments.extend(["train.steps=1000000", "comm.timeout_seconds=5"].map(str::to_owned));
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let mut running = Running::start(hosts.mpirun(1, &arguments).current_dir(here));
+    let started = Instant::now();
+    while fs::read_to_string(run.join("metrics.jsonl")).map_or(0, |text| text.lines().count()) < 5 {
+        assert!(started.elapsed() < DEADLINE && !running.has_ended(), "it does not get going");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!([1, 2].map(|host| hosts.ranks(host)), [1, 1]);
+    hosts.cut(2).expect("cut");
+    let cut = Instant::now();
+    while [1, 2].map(|host| hosts.ranks(host)) != [0, 0] {
+        assert!(cut.elapsed() < Duration::from_secs(5 + 5), "{:?}", [1, 2].map(|host| hosts.ranks(host)));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(cut.elapsed() > Duration::from_secs(4), "they ended for another reason");
+    running.signal("KILL");
+    let ended = running.wait(DEADLINE);
+    let message = "error: rank 0 on h1: all-reduce on rank 0 of 2 gave up after 5.0 s waiting for rank 1";
+    assert!(ended.stderr.contains(message), "{}", ended.stderr);
+}
