@@ -73,19 +73,23 @@ enum Inner {
         final_layer: Box<FinalLayer>,
     },
     /// Bound where it is used, so that its gradients come as soon as the backward pass is past it.
-    Watched {
-        compute: Params,
-        master: Params,
-        sink: Arc<dyn GradientSink>,
-    },
+    Watched(Box<Watched>),
+}
+
+/// Where parameters and their gradients are.
+#[derive(Debug, Clone)]
+struct Watched {
+    compute: Params,
+    master: Params,
+    sink: Arc<dyn GradientSink>,
 }
 
 impl Inner {
     fn block(&self, config: &SitConfig, number: usize, tokens: &Tensor<3>) -> Block {
         match self {
             Self::Bound { blocks, .. } => blocks[number].clone(),
-            Self::Watched { compute, master, sink } => {
-                let [compute, master] = [compute, master].map(|p| p.watched(sink, Some(tokens)));
+            Self::Watched(w) => {
+                let [compute, master] = [&w.compute, &w.master].map(|p| p.watched(&w.sink, Some(tokens)));
                 Block::bind(config, &compute, &master, number)
             }
         }
@@ -94,8 +98,8 @@ impl Inner {
     fn projectors(&self, config: &SitConfig, tokens: &Tensor<3>) -> Vec<Projector> {
         match self {
             Self::Bound { projectors, .. } => projectors.clone(),
-            Self::Watched { compute, sink, .. } => {
-                let compute = compute.watched(sink, Some(tokens));
+            Self::Watched(w) => {
+                let compute = w.compute.watched(&w.sink, Some(tokens));
                 (0..config.z_dims.len()).map(|i| Projector::bind(&compute, i)).collect()
             }
         }
@@ -104,7 +108,7 @@ impl Inner {
     fn final_layer(&self, tokens: &Tensor<3>) -> FinalLayer {
         match self {
             Self::Bound { final_layer, .. } => (**final_layer).clone(),
-            Self::Watched { compute, sink, .. } => FinalLayer::bind(&compute.watched(sink, Some(tokens))),
+            Self::Watched(w) => FinalLayer::bind(&w.compute.watched(&w.sink, Some(tokens))),
         }
     }
 }
@@ -137,8 +141,9 @@ impl Sit {
     ) -> Self {
         let compute =
             if precision == Precision::F32 { master.clone() } else { master.cast(precision.dtype()) };
-        let inner = Inner::Watched { compute: compute.clone(), master: master.clone(), sink: sink.clone() };
-        Self::bind_with(config, &compute.watched(sink, None), &master.watched(sink, None), inner)
+        let (at_end, master_at_end) = (compute.watched(sink, None), master.watched(sink, None));
+        let inner = Inner::Watched(Box::new(Watched { compute, master: master.clone(), sink: sink.clone() }));
+        Self::bind_with(config, &at_end, &master_at_end, inner)
     }
 
     fn bind_split(config: &SitConfig, compute: &Params, master: &Params) -> Self {
