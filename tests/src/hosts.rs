@@ -116,13 +116,14 @@ impl Hosts {
         ip(&["-n", &self.namespace(host), "link", "set", "eth0", "down"])
     }
 
-    /// Processes of the binary under test that run on a host.
+    /// Process numbers of the binary under test on a host.
     #[must_use]
-    pub fn ranks(&self, host: usize) -> usize {
+    pub fn ranks(&self, host: usize) -> Vec<String> {
         let is_rank = |pid: &&str| {
             fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|c| c.trim() == "repa-dist")
         };
-        self.pids(&self.namespace(host)).split_whitespace().filter(is_rank).count()
+        let pids = self.pids(&self.namespace(host));
+        pids.split_whitespace().filter(is_rank).map(str::to_owned).collect()
     }
 
     fn pids(&self, namespace: &str) -> String {

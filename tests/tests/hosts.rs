@@ -2,6 +2,7 @@
 //! elsewhere. Some 40 s on two cores.
 
 use std::fs;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use repa_tests::hosts::Hosts;
@@ -25,7 +26,7 @@ fn three_hosts_train_to_the_losses_of_one() {
     let Some(hosts) = hosts(3) else { return };
     let here = hosts.folder();
     small_store(&here.join("store"), 23);
-    let train = |name: &str, command: &dyn Fn(&[&str]) -> std::process::Command, more: &[&str]| {
+    let train = |name: &str, command: &dyn Fn(&[&str]) -> Command, more: &[&str]| {
         let mut arguments = small_model(&here.join("store"), &here.join(name));
         arguments.extend(more.iter().map(|&a| a.to_owned()));
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
@@ -44,12 +45,8 @@ fn three_hosts_train_to_the_losses_of_one() {
     assert_eq!(losses(&three), losses(&plain));
 }
 
-/// A host goes away in the middle of a run: within the deadline and a little, every rank has ended, and the
-/// one that mpirun still hears has said whom it waited for. mpirun itself waits on for the lost host, for
-/// minutes: what starts it has to end it.
-#[test]
-fn a_link_that_goes_down_ends_all_ranks() {
-    let Some(hosts) = hosts(2) else { return };
+/// Starts a run without end on two hosts, a rank each, and waits until it has made some steps.
+fn endless(hosts: &Hosts) -> Running {
     let here = hosts.folder();
     small_store(&here.join("store"), 23);
     let run = here.join("run");
@@ -62,11 +59,35 @@ fn a_link_that_goes_down_ends_all_ranks() {
         assert!(started.elapsed() < DEADLINE && !running.has_ended(), "it does not get going");
         std::thread::sleep(Duration::from_millis(20));
     }
-    assert_eq!([1, 2].map(|host| hosts.ranks(host)), [1, 1]);
+    assert_eq!([1, 2].map(|host| hosts.ranks(host).len()), [1, 1]);
+    running
+}
+
+/// mpirun sees it and ends the others.
+#[test]
+fn a_rank_that_is_killed_ends_the_job() {
+    let Some(hosts) = hosts(2) else { return };
+    let running = endless(&hosts);
+    let killed = Instant::now();
+    let status = Command::new("kill").args(["-s", "KILL", &hosts.ranks(2)[0]]).status().expect("kill runs");
+    assert!(status.success());
+    let ended = running.wait(Duration::from_secs(30));
+    assert!(killed.elapsed() < Duration::from_secs(5 + 5), "{:?} after the kill", killed.elapsed());
+    assert_ne!(ended.code, Some(0), "{}", ended.stderr);
+    assert_eq!([1, 2].map(|host| hosts.ranks(host).len()), [0, 0]);
+}
+
+/// A host goes away in the middle of a run: within the deadline and a little, every rank has ended, and the
+/// one that mpirun still hears has said whom it waited for. mpirun itself waits on for the lost host, for
+/// minutes: what starts it has to end it.
+#[test]
+fn a_link_that_goes_down_ends_all_ranks() {
+    let Some(hosts) = hosts(2) else { return };
+    let running = endless(&hosts);
     hosts.cut(2).expect("cut");
     let cut = Instant::now();
-    while [1, 2].map(|host| hosts.ranks(host)) != [0, 0] {
-        assert!(cut.elapsed() < Duration::from_secs(5 + 5), "{:?}", [1, 2].map(|host| hosts.ranks(host)));
+    while [1, 2].iter().any(|&host| !hosts.ranks(host).is_empty()) {
+        assert!(cut.elapsed() < Duration::from_secs(5 + 5), "ranks are left after {:?}", cut.elapsed());
         std::thread::sleep(Duration::from_millis(50));
     }
     assert!(cut.elapsed() > Duration::from_secs(4), "they ended for another reason");

@@ -3,15 +3,15 @@
 
 use std::path::Path;
 
-use repa_comm::{Communicator, Failure, RemoteError, all_or_first_error};
+use repa_comm::{Communicator, RemoteError};
 
 use crate::Device;
 use crate::autoencoder;
-use crate::data::build::{BuildOptions, BuildProgress, Fault};
+use crate::data::build::{BuildOptions, BuildProgress, Fault, agree};
 use crate::data::emoji::{self, Emoji};
 use crate::data::encode::{Models, encode};
 use crate::data::source::images::{ImageSource, Picture};
-use crate::data::store::{Kind, Precision, Spread, StoreSpec};
+use crate::data::store::StoreSpec;
 use crate::encoder;
 
 /// Images that go through the two models at once.
@@ -56,9 +56,8 @@ pub fn make_data(
     let spec = models
         .complete(spec(images))
         // Measured: the quickstart's autoencoder has no usual scale.
-        .map(|spec| StoreSpec { normalisation: None, ..spec })
-        .map_err(|e| Failure { message: e.to_string(), code: i32::from(e.kind().code()) });
-    let spec = all_or_first_error(comm, spec)?;
+        .map(|spec| StoreSpec { normalisation: None, ..spec });
+    let spec = agree(comm, spec)?;
     let options = BuildOptions { batch: BATCH, shard_len: SHARD, max_bad: 0 };
     let source = EmojiSource(emoji::all());
     let built = encode(comm, &source, out, &spec, &options, &|batch| models.run(batch), progress)?;
@@ -68,20 +67,9 @@ pub fn make_data(
 /// What is known before the models are asked.
 fn spec(images: bool) -> StoreSpec {
     StoreSpec {
-        kind: Kind::Latents,
-        spread: Spread::Std,
-        precision: Precision::F32,
-        channels: 0,
-        height: 0,
-        width: 0,
-        resolution: emoji::RESOLUTION,
-        autoencoder: String::new(),
-        normalisation: None,
-        classes: emoji::CLASSES.len(),
         class_names: emoji::CLASSES.iter().map(|&name| name.to_owned()).collect(),
-        encoders: Vec::new(),
         images,
-        flips: false,
         source: "Twemoji 72 x 72 PNG, on white, resized to 64 x 64; CC-BY 4.0".into(),
+        ..StoreSpec::of_images(emoji::RESOLUTION, emoji::CLASSES.len())
     }
 }

@@ -334,7 +334,7 @@ pub struct CommConfig {
 
 impl Default for CommConfig {
     fn default() -> Self {
-        Self { overlap: true, bucket_mib: 16, timeout_seconds: 600.0 }
+        Self { overlap: true, bucket_mib: 8, timeout_seconds: 600.0 }
     }
 }
 

@@ -5,10 +5,10 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::Path;
 
-use repa_comm::{Communicator, Failure, RemoteError, all_or_first_error};
+use repa_comm::{Communicator, RemoteError};
 use xxhash_rust::xxh3::Xxh3;
 
-use super::build::BuildError;
+use super::build::{BuildError, agree};
 use super::store::{INDEX_FILE, Index, LatentStore, StoreError, partial_dir, sync_dir};
 
 /// What was copied on one node.
@@ -124,11 +124,6 @@ fn commit(from: &Path, to: &Path, index: &Index) -> Result<(), BuildError> {
     let copy = LatentStore::open(to)?;
     debug_assert_eq!(copy.index(), index, "the copy's index is the store's");
     Ok(())
-}
-
-fn agree<T>(comm: &dyn Communicator, local: Result<T, BuildError>) -> Result<T, RemoteError> {
-    let failure = |e: BuildError| Failure { message: e.to_string(), code: i32::from(e.kind().code()) };
-    all_or_first_error(comm, local.map_err(failure))
 }
 
 #[cfg(test)]

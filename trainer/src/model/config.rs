@@ -167,12 +167,10 @@ impl SitConfig {
     #[must_use]
     pub fn backward_position(&self, parameter: &str) -> usize {
         let block = parameter.strip_prefix("blocks.").and_then(|rest| rest.split('.').next()?.parse().ok());
-        // What begins with the same tokens comes at the same time.
-        let begins_with_output_of = |blocks: usize| self.depth.saturating_sub(blocks);
         match block {
-            Some(number) => begins_with_output_of(number),
-            None if parameter.starts_with("final_layer.") => begins_with_output_of(self.depth),
-            None if parameter.starts_with("projectors.") => begins_with_output_of(self.encoder_depth),
+            Some(number) => self.depth.saturating_sub(number),
+            // Projectors come early by `ops::after`.
+            None if parameter.starts_with("final_layer.") || parameter.starts_with("projectors.") => 0,
             // The embeddings.
             None => self.depth + 1,
         }

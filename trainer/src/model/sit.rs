@@ -186,14 +186,20 @@ impl Sit {
         let mut tokens = self.patches.forward(x) + self.pos_embed.clone();
         // Every modulation begins with the SiLU of the same condition: computed once.
         let activated = silu(self.times.forward(t) + self.labels.forward(labels));
-        let mut projected = Vec::new();
+        let mut aligned = None;
         for number in 0..self.config.depth {
             tokens = self.inner.block(&self.config, number, &tokens).forward(tokens, activated.clone());
             if project && number + 1 == self.config.encoder_depth {
-                let projectors = self.inner.projectors(&self.config, &tokens);
-                projected = projectors.iter().map(|p| p.forward(tokens.clone())).collect();
+                aligned = Some(tokens.clone());
             }
         }
+        let projected = aligned.map_or_else(Vec::new, |aligned| {
+            // Their gradients need nothing of the blocks above: early in the backward pass, they can travel while
+            // those are computed.
+            let aligned = ops::after(aligned, &tokens);
+            let projectors = self.inner.projectors(&self.config, &aligned);
+            projectors.iter().map(|p| p.forward(aligned.clone())).collect()
+        });
         let final_layer = self.inner.final_layer(&tokens);
         let velocity = self.unpatchify(final_layer.forward(tokens, activated));
         SitOutput { velocity, projected }

@@ -46,6 +46,9 @@ struct UnpackedAttention;
 struct PackedAttention;
 
 #[derive(Debug)]
+struct After;
+
+#[derive(Debug)]
 struct Watch;
 
 #[derive(Debug)]
@@ -128,6 +131,18 @@ impl<B: SitGradients> Backward<B, 3> for GatedAdd {
         }
         if let Some(parent) = x_parent {
             grads.register::<B>(parent.id, grad);
+        }
+    }
+}
+
+impl<B: SitGradients> Backward<B, 2> for After {
+    type State = ();
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let grad = grads.consume::<B>(&ops.node);
+        let [x, _] = ops.parents;
+        if let Some(x) = x {
+            grads.register::<B>(x.id, grad);
         }
     }
 }
@@ -309,6 +324,13 @@ impl<B: SitGradients, C: CheckpointStrategy> SitOps for Autodiff<B, C> {
                 prep.finish((saved, probabilities), y)
             }
             OpsKind::UnTracked(prep) => prep.finish(B::packed_attention(qkv.into_primitive(), heads)),
+        }
+    }
+
+    fn after(x: FloatTensor<Self>, other: FloatTensor<Self>) -> FloatTensor<Self> {
+        match After.prepare::<C>([x.node(), other.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish((), x.into_primitive()),
+            OpsKind::UnTracked(prep) => prep.finish(x.into_primitive()),
         }
     }
 

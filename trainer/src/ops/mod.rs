@@ -58,6 +58,9 @@ pub trait SitOps: Backend {
     /// x weight^T + bias for x [rows, in], weight [out, in], bias [out].
     fn affine(x: FloatTensor<Self>, weight: FloatTensor<Self>, bias: FloatTensor<Self>) -> FloatTensor<Self>;
 
+    /// See [`after`].
+    fn after(x: FloatTensor<Self>, other: FloatTensor<Self>) -> FloatTensor<Self>;
+
     /// See [`watch`].
     fn watch(value: FloatTensor<Self>, behind: FloatTensor<Self>, slot: GradientSlot) -> FloatTensor<Self>;
 
@@ -161,6 +164,15 @@ pub trait SitGradients: SitOps {
 
     /// The sum over samples and pixels: [N, channels, H, W] -> [channels].
     fn sum_channels(grad: FloatTensor<Self>) -> FloatTensor<Self>;
+}
+
+/// `x` itself, but what is computed from it counts as deeper in the graph than `other`, which takes no part: the
+/// backward pass comes to it before it comes to what led to `other`. Changes no value and no gradient.
+pub fn after(x: Tensor<3>, other: &Tensor<3>) -> Tensor<3> {
+    if !(fused(&x) && fused(other)) {
+        return x;
+    }
+    Tensor::from_dispatch(Dispatch::after(x.into_dispatch(), other.clone().into_dispatch()))
 }
 
 /// The parameter `value` itself. Its gradient goes to the slot's sink, and no further, as soon as the backward

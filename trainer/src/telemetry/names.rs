@@ -28,7 +28,7 @@ pub const STEP_SECONDS: &str = "repa_step_seconds";
 pub const DATA_WAIT_SECONDS: &str = "repa_data_wait_seconds";
 /// Seconds of a step spent in the forward and backward pass.
 pub const COMPUTE_SECONDS: &str = "repa_compute_seconds";
-/// Seconds of a step spent in collectives, waiting for other ranks included.
+/// Seconds of a step spent in collectives that the backward pass did not hide, waiting for other ranks included.
 pub const COMMUNICATION_SECONDS: &str = "repa_communication_seconds";
 /// Seconds of a step spent in clipping, AdamW and EMA.
 pub const OPTIMIZER_SECONDS: &str = "repa_optimizer_seconds";
@@ -78,7 +78,10 @@ pub fn describe() {
         (STEP_SECONDS, "Duration of a step"),
         (DATA_WAIT_SECONDS, "Part of a step spent waiting for data"),
         (COMPUTE_SECONDS, "Part of a step spent in the forward and backward pass"),
-        (COMMUNICATION_SECONDS, "Part of a step spent in collectives, waiting for other ranks included"),
+        (
+            COMMUNICATION_SECONDS,
+            "Part of a step spent in collectives that the backward pass did not hide, waiting for other ranks included",
+        ),
         (OPTIMIZER_SECONDS, "Part of a step spent in clipping, AdamW and EMA"),
         (CHECKPOINT_SECONDS, "Duration of saving a checkpoint"),
     ];

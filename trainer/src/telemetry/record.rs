@@ -35,7 +35,7 @@ pub struct StepRecord {
     pub data_wait_seconds: f64,
     /// Of which forward and backward.
     pub compute_seconds: f64,
-    /// Of which collectives.
+    /// Of which collectives that the backward pass did not hide.
     pub communication_seconds: f64,
     /// Of which clipping, AdamW and EMA.
     pub optimizer_seconds: f64,

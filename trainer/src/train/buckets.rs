@@ -33,9 +33,17 @@ impl Plan {
     pub fn new(sit: &SitConfig, layout: &Layout, bytes: usize) -> Self {
         let total = layout.trainable_len();
         let length = (bytes / size_of::<f32>()).next_multiple_of(CHUNK).max(CHUNK);
-        let ranges: Vec<Range<usize>> =
-            (0..total).step_by(length).map(|begin| begin..(begin + length).min(total)).collect();
         let trainable = || layout.entries().iter().filter(|entry| entry.trainable);
+        // What is complete last, the embeddings, has a bucket of its own, so that the last sum is a short one.
+        let last = trainable().map(|e| sit.backward_position(&e.name)).max();
+        let end_of_last = trainable()
+            .filter(|e| Some(sit.backward_position(&e.name)) == last)
+            .map(|e| e.offset + e.len())
+            .max()
+            .unwrap_or(0);
+        let first = end_of_last.next_multiple_of(CHUNK).min(length).min(total);
+        let rest = (first..total).step_by(length).map(|begin| begin..(begin + length).min(total));
+        let ranges: Vec<Range<usize>> = std::iter::once(0..first).chain(rest).collect();
         // A bucket is complete with the last of its parameters.
         let completed = |range: &Range<usize>| {
             trainable()
@@ -187,15 +195,16 @@ impl Collector {
             }
         }
         self.launch(&mut filling, true);
-        gradients.data = filling
-            .buckets
-            .drain(..)
-            .map(|bucket| match bucket.data {
-                State::Travelling(pending) => pending.wait(),
-                State::Filling(data) => Ok(data),
-                State::Moved => Ok(Vec::new()),
-            })
-            .collect::<Result<_, _>>()?;
+        gradients.data = vec![Vec::new(); self.plan.ranges.len()];
+        // In the order in which they were started, so that the first error is the cause of the others.
+        for &number in &self.plan.order {
+            gradients.data[number] = match std::mem::replace(&mut filling.buckets[number].data, State::Moved)
+            {
+                State::Travelling(pending) => pending.wait()?,
+                State::Filling(data) => data,
+                State::Moved => Vec::new(),
+            };
+        }
         Ok(filling.finite)
     }
 }
@@ -269,14 +278,14 @@ mod tests {
             let plan = Plan::new(&sit, &layout, bytes);
             assert_eq!(plan.ranges[0].start, 0);
             assert!(plan.ranges.windows(2).all(|w| w[0].end == w[1].start && w[0].len() % CHUNK == 0));
+            assert!(plan.ranges.iter().all(|r| !r.is_empty()));
             assert_eq!(plan.ranges.last().map(|r| r.end), Some(layout.trainable_len()));
             let mut order = plan.order.clone();
             order.sort_unstable();
             assert!(order.into_iter().eq(0..plan.ranges.len()));
         }
         let plan = Plan::new(&sit, &layout, 1);
-        // The last block's buckets come before the projector's, though that lies behind it; those of the
-        // embeddings come last.
+        // Against the order of the array, but that the embeddings come last in any case.
         let place = |name: &str| {
             let entry = layout.find(name).unwrap();
             let bucket =
@@ -284,8 +293,8 @@ mod tests {
             plan.order.iter().position(|&b| b == bucket).unwrap()
         };
         let names = [
-            "blocks.3.mlp.fc1.weight",
             "projectors.0.2.weight",
+            "blocks.3.mlp.fc1.weight",
             "blocks.2.mlp.fc1.weight",
             "blocks.1.mlp.fc1.weight",
             "blocks.0.mlp.fc1.weight",

@@ -10,7 +10,7 @@ use repa_trainer::data::build::BuildOptions;
 use repa_trainer::data::encode::{Models, encode};
 use repa_trainer::data::import::RepaTree;
 use repa_trainer::data::source::images::{ImageSource, ImageTree, StoreImages};
-use repa_trainer::data::store::{INDEX_FILE, Kind, Precision, Spread, StoreSpec};
+use repa_trainer::data::store::{INDEX_FILE, Precision, StoreSpec};
 use repa_trainer::encoder::VisionEncoder;
 use repa_trainer::{data, train};
 
@@ -163,21 +163,9 @@ fn open_source(arguments: &Arguments) -> Result<(Box<dyn ImageSource>, StoreSpec
     }
     let tree = ImageTree::open(root, arguments.labels.as_deref(), resolution).map_err(failure)?;
     let spec = StoreSpec {
-        kind: Kind::Latents,
-        spread: Spread::Std,
-        precision: Precision::F32,
-        channels: 0,
-        height: 0,
-        width: 0,
-        resolution,
-        autoencoder: String::new(),
-        normalisation: None,
-        classes: tree.classes(),
         class_names: tree.class_names().to_vec(),
-        encoders: Vec::new(),
-        images: false,
-        flips: false,
         source: tree.describe(),
+        ..StoreSpec::of_images(resolution, tree.classes())
     };
     Ok((Box::new(tree), spec))
 }

@@ -193,7 +193,8 @@ fn read_back(dir: &Path) -> Result<Built, BuildError> {
     Ok(Built { index: store.index().clone(), left_out: Vec::new() })
 }
 
-fn agree<T>(comm: &dyn Communicator, local: Result<T, BuildError>) -> Result<T, RemoteError> {
+/// All ranks go on, or all end with the first error.
+pub(crate) fn agree<T>(comm: &dyn Communicator, local: Result<T, BuildError>) -> Result<T, RemoteError> {
     let failure = |e: BuildError| Failure { message: e.to_string(), code: i32::from(e.kind().code()) };
     all_or_first_error(comm, local.map_err(failure))
 }

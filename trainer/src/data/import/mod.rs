@@ -7,13 +7,13 @@ mod tests;
 
 use std::path::Path;
 
-use repa_comm::{Communicator, Failure, RemoteError, all_or_first_error};
+use repa_comm::{Communicator, RemoteError};
 use serde::Serialize;
 
 pub use lightning::LightningFolder;
 pub use repa::RepaTree;
 
-use super::build::{BuildError, BuildOptions, BuildProgress, Built, Made, Source, build};
+use super::build::{BuildError, BuildOptions, BuildProgress, Built, Made, Source, agree, build};
 use super::store::{Precision, StoreSpec};
 
 /// Endings of the images that are read.
@@ -123,9 +123,4 @@ fn layout(root: &Path, options: &ImportOptions) -> Result<Layout, BuildError> {
                     .to_owned(),
         })
     }
-}
-
-fn agree<T>(comm: &dyn Communicator, local: Result<T, BuildError>) -> Result<T, RemoteError> {
-    let failure = |e: BuildError| Failure { message: e.to_string(), code: i32::from(e.kind().code()) };
-    all_or_first_error(comm, local.map_err(failure))
 }

@@ -130,6 +130,29 @@ pub struct StoreSpec {
 }
 
 impl StoreSpec {
+    /// A spec of images of `resolution` pixels in `classes` classes, of which neither latents nor features are
+    /// known yet: [`crate::data::encode::Models::complete`] fills them in.
+    #[must_use]
+    pub fn of_images(resolution: usize, classes: usize) -> Self {
+        Self {
+            kind: Kind::Latents,
+            spread: Spread::Std,
+            precision: Precision::F32,
+            channels: 0,
+            height: 0,
+            width: 0,
+            resolution,
+            autoencoder: String::new(),
+            normalisation: None,
+            classes,
+            class_names: Vec::new(),
+            encoders: Vec::new(),
+            images: false,
+            flips: false,
+            source: String::new(),
+        }
+    }
+
     /// Elements of a latent, C*h*w.
     #[must_use]
     pub fn latent_len(&self) -> usize {
