@@ -151,7 +151,7 @@ struct BuildBar {
     bar: ProgressBar,
     what: &'static str,
     unit: &'static str,
-    said: Option<std::time::Instant>,
+    said: std::time::Instant,
     begun: std::time::Instant,
     lines: bool,
 }
@@ -164,7 +164,7 @@ impl BuildBar {
         let lead = comm.rank() == 0;
         let bar = if lead { bar(what, unit) } else { ProgressBar::hidden() };
         let now = std::time::Instant::now();
-        Self { lines: lead && bar.is_hidden(), bar, what, unit, said: Some(now), begun: now }
+        Self { lines: lead && bar.is_hidden(), bar, what, unit, said: now, begun: now }
     }
 
     fn show(&mut self, progress: BuildProgress) {
@@ -172,16 +172,14 @@ impl BuildBar {
         if self.bar.length() != Some(progress.total as u64) {
             self.bar.set_length(progress.total as u64);
         }
+        self.bar.set_position(progress.done as u64);
         if fresh == 0 {
             // What an earlier attempt has done says nothing about the speed.
-            self.bar.set_position(progress.done as u64);
             self.bar.reset_eta();
             self.begun = std::time::Instant::now();
-        } else {
-            self.bar.set_position(progress.done as u64);
         }
-        if self.lines && self.said.is_some_and(|said| said.elapsed().as_secs() >= LINE_EVERY) {
-            self.said = Some(std::time::Instant::now());
+        if self.lines && self.said.elapsed().as_secs() >= LINE_EVERY {
+            self.said = std::time::Instant::now();
             let rate = fresh as f64 / self.begun.elapsed().as_secs_f64();
             let left = (progress.total - progress.done) as f64 / rate.max(1e-9);
             eprintln!(
