@@ -49,7 +49,8 @@ bench: build
 
 # Installs PyTorch (5 GB) into an environment of its own.
 bench-pytorch: build
-	python3 tests/comparisons/data_loading.py
+	python3 tests/comparisons/data_loading.py --binary $(REPA)
+	python3 tests/comparisons/all_reduce.py --binary $(REPA)
 
 check-cuda: setup
 	$(CARGO) check --release --locked -p repa-dist --features cuda

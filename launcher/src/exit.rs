@@ -41,6 +41,11 @@ impl Failure {
         Self { kind, message: error.to_string() }
     }
 
+    /// The same for all ranks to agree on.
+    pub fn of_rank(&self) -> repa_comm::Failure {
+        repa_comm::Failure { message: self.to_string(), code: i32::from(self.code()) }
+    }
+
     /// The exit code.
     pub fn code(&self) -> u8 {
         self.kind.code()

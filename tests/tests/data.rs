@@ -1,4 +1,4 @@
-//! Making data on several ranks and training from every form of it, under real mpirun. Some 90 s on two
+//! Making data on several ranks and training from every form of it, under real mpirun. Some 40 s on two
 //! cores.
 
 use std::fs;

@@ -1,5 +1,5 @@
 //! Ranks on several hosts: network namespaces, real TCP between them. Takes root; skipped with a reason
-//! elsewhere. Some 40 s on two cores.
+//! elsewhere. Some 15 s on two cores.
 
 use std::fs;
 use std::process::Command;

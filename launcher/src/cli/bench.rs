@@ -210,8 +210,7 @@ fn step(settings: &Settings, steps: usize, json: bool) -> Result<Outcome, Failur
     }
     let comm = repa_comm::init(&Options::default()).map_err(Failure::runtime)?;
     repa_comm::install_panic_hook();
-    let to_rank = |e: Failure| repa_comm::Failure { message: e.to_string(), code: i32::from(e.code()) };
-    let loaded = all_or_first_error(comm.as_ref(), settings.load().map_err(to_rank))
+    let loaded = all_or_first_error(comm.as_ref(), settings.load().map_err(|e| e.of_rank()))
         .unwrap_or_else(|e| end_with(comm.as_ref(), &e));
     let figures = step_bench::run(&loaded.config, &comm, steps)
         .unwrap_or_else(|e| repa_comm::abort(i32::from(e.kind().code()), &e.to_string()));

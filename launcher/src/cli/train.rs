@@ -1,6 +1,6 @@
 //! `repa-dist train`, on every rank.
 
-use repa_comm::{Failure as RankFailure, Options, all_or_first_error, end_with};
+use repa_comm::{Options, all_or_first_error, end_with};
 use repa_trainer::train::{StopRequest, train};
 
 use super::Settings;
@@ -13,8 +13,7 @@ pub fn run(settings: &Settings) -> Result<Outcome, Failure> {
     let shared = comm;
     let comm = shared.as_ref();
     // Every rank reads its own configuration; a mistake in it is reported once.
-    let local =
-        settings.load().map_err(|e| RankFailure { message: e.to_string(), code: i32::from(e.code()) });
+    let local = settings.load().map_err(|e| e.of_rank());
     let loaded = all_or_first_error(comm, local).unwrap_or_else(|e| end_with(comm, &e));
     let mut stop =
         StopRequest::listen().map_err(|e| Failure::runtime(format!("cannot listen for signals: {e}")))?;

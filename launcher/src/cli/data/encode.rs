@@ -14,7 +14,7 @@ use repa_trainer::data::store::{INDEX_FILE, Precision, StoreSpec};
 use repa_trainer::encoder::VisionEncoder;
 use repa_trainer::{data, train};
 
-use super::{BuildBar, on_all_ranks, say_built, to_rank, use_threads};
+use super::{BuildBar, on_all_ranks, say_built, use_threads};
 use crate::exit::{Failure, Outcome};
 
 const NOTE: &str = "With a store or REPA's layout as SOURCE, --autoencoder may be left out: its latents are kept, and \
@@ -73,7 +73,7 @@ pub struct Arguments {
 
 pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     on_all_ranks(|comm| {
-        let prepared = all_or_first_error(comm, prepare(comm, arguments).map_err(|e| to_rank(&e)))?;
+        let prepared = all_or_first_error(comm, prepare(comm, arguments).map_err(|e| e.of_rank()))?;
         let (source, models, spec) = prepared;
         let options = BuildOptions {
             batch: arguments.batch.max(1),

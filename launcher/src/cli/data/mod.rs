@@ -141,11 +141,6 @@ fn use_threads(comm: &dyn Communicator, asked: usize) -> Result<(), Failure> {
     Ok(repa_trainer::train::use_threads(threads)?)
 }
 
-/// A failure of this rank alone, for all ranks to agree on.
-fn to_rank(error: &Failure) -> repa_comm::Failure {
-    repa_comm::Failure { message: error.to_string(), code: i32::from(error.code()) }
-}
-
 /// How far a store has come: a bar where a person watches, a line now and then elsewhere.
 struct BuildBar {
     bar: ProgressBar,

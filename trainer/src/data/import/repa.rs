@@ -78,7 +78,11 @@ impl RepaTree {
     pub fn in_place(root: &Path) -> Result<LatentStore, BuildError> {
         let images = Tree::open(&root.join("images")).is_ok();
         let tree = Self::open(root, &ImportOptions { images, ..ImportOptions::default() })?;
-        let normalisation = tree.spec.normalisation.clone().unwrap_or_else(|| Normalisation::uniform(1, 1.0));
+        let normalisation = tree
+            .spec
+            .normalisation
+            .clone()
+            .unwrap_or_else(|| Normalisation::uniform(tree.spec.channels, 1.0));
         let index = Index::in_place(tree.spec.clone(), tree.members.len() as u64, normalisation);
         Ok(LatentStore::in_place(root, index, Box::new(tree)))
     }
