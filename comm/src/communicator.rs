@@ -1,6 +1,8 @@
 //! The interface that training sees.
 
-use crate::{Collective, CommError, Topology};
+use crate::reduce::Phases;
+use crate::{Call, CommError, Topology};
+use half::{bf16, f16};
 use std::ops::Range;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
@@ -14,6 +16,64 @@ pub enum ReduceOp {
     Min,
     /// The largest; NaN if any is.
     Max,
+}
+
+/// A vector of one of the types that can be combined.
+#[derive(Debug)]
+pub enum Values<'a> {
+    /// float32.
+    F32(&'a mut [f32]),
+    /// float64.
+    F64(&'a mut [f64]),
+    /// float16; combined in float32, rounded once.
+    F16(&'a mut [f16]),
+    /// bfloat16; combined in float32, rounded once.
+    Bf16(&'a mut [bf16]),
+    /// Integers; sums wrap.
+    I64(&'a mut [i64]),
+    /// Bytes; sums wrap.
+    U8(&'a mut [u8]),
+}
+
+macro_rules! values_from {
+    ($($variant:ident: $type:ty),*) => {
+        $(impl<'a> From<&'a mut [$type]> for Values<'a> {
+            fn from(values: &'a mut [$type]) -> Self {
+                Self::$variant(values)
+            }
+        })*
+    };
+}
+values_from!(F32: f32, F64: f64, F16: f16, Bf16: bf16, I64: i64, U8: u8);
+
+/// How float32 values travel.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Wire {
+    /// As they are.
+    #[default]
+    F32,
+    /// Rounded to bfloat16, half the bytes. They are still added up in float32; the sum is rounded again.
+    Bf16,
+}
+
+/// A collective on a gradient bucket that goes on while the rank computes.
+#[derive(Debug, Clone, Copy)]
+pub struct Background {
+    /// All-reduce, reduce-scatter or all-gather.
+    pub phases: Phases,
+    /// How values travel. An all-gather moves them as they are.
+    pub wire: Wire,
+    /// Number of the bucket, for messages.
+    pub bucket: usize,
+}
+
+/// What a rank has spent on collectives since its start.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Traffic {
+    /// Time in collectives, waiting for other ranks included, hidden behind computation or not.
+    pub busy: Duration,
+    /// Bytes of the vectors that were handed in.
+    pub bytes: u64,
 }
 
 /// The ranks of a job and what they can do together, on host memory.
@@ -56,16 +116,38 @@ pub trait Communicator: Send + Sync {
     /// How long one collective may take on this rank, waiting for the others included; None for ever.
     fn set_deadline(&self, deadline: Option<Duration>);
 
-    /// Sum over the ranks, in rank order in float32; same bits on all.
-    fn all_reduce_f32(&self, data: &mut [f32]) -> Result<(), CommError>;
-    /// As `all_reduce_f32` in float64, or the extremes.
-    fn all_reduce_f64(&self, data: &mut [f64], op: ReduceOp) -> Result<(), CommError>;
-    /// Wrapping sum or extremes of integers.
-    fn all_reduce_i64(&self, data: &mut [i64], op: ReduceOp) -> Result<(), CommError>;
-    /// Sums over the ranks, as all-reduce defines them, but only this rank's shard
-    /// (`shard_range(data.len(), rank, size)`, returned) is valid afterwards; the rest of `data` is as it was.
-    fn reduce_scatter_f32(&self, data: &mut [f32]) -> Result<Range<usize>, CommError>;
-    /// Every rank's shard (`shard_range(data.len(), rank, size)`) of `data` to all ranks, in place.
+    /// Tells which training step goes on, for messages.
+    fn set_step(&self, step: u64);
+    /// Whether sums of long vectors are taken within each node first and between the nodes after, where nodes have
+    /// equally many ranks and more than one. Another order of additions, and less on the network. The same on all
+    /// ranks; true at the start.
+    fn set_hierarchical(&self, hierarchical: bool);
+    /// What collectives have cost so far.
+    fn traffic(&self) -> Traffic;
+
+    /// Sums or extremes over the ranks, the same bits on all. Sums are taken in rank order in the element's type
+    /// (in float32 for half precision); float32 follows [`Communicator::set_hierarchical`].
+    fn all_reduce(&self, values: Values, op: ReduceOp) -> Result<(), CommError>;
+    /// Sum over the ranks; see [`Communicator::all_reduce`].
+    fn all_reduce_f32(&self, data: &mut [f32]) -> Result<(), CommError> {
+        self.all_reduce(data.into(), ReduceOp::Sum)
+    }
+    /// See [`Communicator::all_reduce`].
+    fn all_reduce_f64(&self, data: &mut [f64], op: ReduceOp) -> Result<(), CommError> {
+        self.all_reduce(data.into(), op)
+    }
+    /// See [`Communicator::all_reduce`].
+    fn all_reduce_i64(&self, data: &mut [i64], op: ReduceOp) -> Result<(), CommError> {
+        self.all_reduce(data.into(), op)
+    }
+    /// This rank's shard of a vector of `len` elements: contiguous; together the ranks' shards are the vector, in
+    /// sizes that differ by two at most. In rank order but in hierarchical mode, where a node's ranks have
+    /// neighbouring shards only of what they sum up together.
+    fn shard(&self, len: usize) -> Range<usize>;
+    /// Sums over the ranks, as all-reduce defines them, but only this rank's shard ([`Communicator::shard`]) is
+    /// valid afterwards; the rest of `data` may be anything.
+    fn reduce_scatter_f32(&self, data: &mut [f32]) -> Result<(), CommError>;
+    /// Every rank's shard ([`Communicator::shard`]) of `data` to all ranks, in place.
     fn all_gather_shards_f32(&self, data: &mut [f32]) -> Result<(), CommError>;
     /// Every rank's bytes, by rank; lengths may differ.
     fn all_gather_bytes(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>, CommError>;
@@ -74,8 +156,8 @@ pub trait Communicator: Send + Sync {
     /// Returns when all ranks have called it.
     fn barrier(&self) -> Result<(), CommError>;
 
-    /// Starts `all_reduce_f32` and returns at once; operations are done in the order they were asked for.
-    fn start_all_reduce_f32(&self, data: Vec<f32>) -> Pending<Vec<f32>>;
+    /// Starts a collective on float32 and returns at once; operations are done in the order they were asked for.
+    fn start_f32(&self, data: Vec<f32>, how: Background) -> Pending<Vec<f32>>;
 
     /// The MPI library's own all-reduce (sum, in the library's order) from `data` to `sum`, of the same length, for
     /// benchmarks. False if there is none.
@@ -92,7 +174,7 @@ pub struct Pending<T> {
 
 pub(crate) enum PendingState<T> {
     Ready(Result<T, CommError>),
-    Running { receiver: Receiver<Result<T, CommError>>, collective: Collective, rank: usize, size: usize },
+    Running { receiver: Receiver<Result<T, CommError>>, call: Call, rank: usize, size: usize },
 }
 
 impl<T> Pending<T> {
@@ -107,8 +189,8 @@ impl<T> Pending<T> {
     pub fn wait(self) -> Result<T, CommError> {
         match self.state {
             PendingState::Ready(result) => result,
-            PendingState::Running { receiver, collective, rank, size } => {
-                receiver.recv().unwrap_or(Err(CommError::Ended { collective, rank, size, cause: None }))
+            PendingState::Running { receiver, call, rank, size } => {
+                receiver.recv().unwrap_or(Err(CommError::Ended { call, rank, size, cause: None }))
             }
         }
     }

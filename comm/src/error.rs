@@ -39,17 +39,47 @@ impl fmt::Display for Collective {
     }
 }
 
+/// A collective, and whose it is: what messages call it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Call {
+    /// The operation.
+    pub collective: Collective,
+    /// The gradient bucket that it is for.
+    pub bucket: Option<usize>,
+    /// The training step in which it is called.
+    pub step: Option<u64>,
+}
+
+impl From<Collective> for Call {
+    fn from(collective: Collective) -> Self {
+        Self { collective, bucket: None, step: None }
+    }
+}
+
+impl fmt::Display for Call {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.collective)?;
+        if let Some(bucket) = self.bucket {
+            write!(f, " of bucket {bucket}")?;
+        }
+        if let Some(step) = self.step {
+            write!(f, " in step {step}")?;
+        }
+        Ok(())
+    }
+}
+
 /// An error of a collective or of the start. After one the communicator is unusable: the job has to end.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum CommError {
     /// Some ranks did not come in time.
     #[error(
-        "{collective} on rank {rank} of {size} gave up after {:.1} s waiting for {}",
+        "{call} on rank {rank} of {size} gave up after {:.1} s waiting for {}",
         waited.as_secs_f64(), describe_missing(missing)
     )]
     Deadline {
         /// The operation that waited.
-        collective: Collective,
+        call: Call,
         /// The rank that waited.
         rank: usize,
         /// Number of ranks.
@@ -60,10 +90,10 @@ pub enum CommError {
         missing: Vec<usize>,
     },
     /// MPI reported an error.
-    #[error("{collective} on rank {rank} of {size}: MPI error {code}: {text}")]
+    #[error("{call} on rank {rank} of {size}: MPI error {code}: {text}")]
     Mpi {
         /// The operation.
-        collective: Collective,
+        call: Call,
         /// This rank.
         rank: usize,
         /// Number of ranks.
@@ -75,12 +105,12 @@ pub enum CommError {
     },
     /// Another rank is in another operation, or in the same with another length: the ranks have come apart.
     #[error(
-        "{collective} on rank {rank} of {size}: rank {other} is in another operation or passes another length: \
+        "{call} on rank {rank} of {size}: rank {other} is in another operation or passes another length: \
          the ranks have come apart (a bug: please report it)"
     )]
     Mismatch {
         /// The operation here.
-        collective: Collective,
+        call: Call,
         /// This rank.
         rank: usize,
         /// Number of ranks.
@@ -89,10 +119,10 @@ pub enum CommError {
         other: usize,
     },
     /// The communicator has ended, by `finalize` or an earlier error.
-    #[error("{collective} on rank {rank} of {size}: the communicator has ended{}", cause_of(.cause))]
+    #[error("{call} on rank {rank} of {size}: the communicator has ended{}", cause_of(.cause))]
     Ended {
         /// The operation that was asked for.
-        collective: Collective,
+        call: Call,
         /// This rank.
         rank: usize,
         /// Number of ranks.

@@ -1,8 +1,9 @@
 //! Ranks and collectives of repa-dist: one trait, [`Communicator`], over one process ([`Single`]) or MPI ([`Mpi`]).
 //!
 //! Sums have one definition: the values of the ranks are added element by element in rank order, in the
-//! element's own type (float32 for gradients). Whatever the transport, the piece size or the way a vector is cut
-//! into buckets, the bits are the same.
+//! element's own type (float32 for gradients, and for half precision). Whatever the transport, the piece size or the
+//! way a vector is cut into buckets, the bits are the same. (Adding up within nodes first is another order, and counts
+//! as another layout of the ranks.)
 //!
 //! Knows nothing of models or training.
 
@@ -19,9 +20,12 @@ mod topology;
 
 pub use abort::{abort, install_panic_hook};
 pub use agreement::{Failure, RemoteError, all_or_first_error, end_with};
-pub use communicator::{Communicator, Pending, ReduceOp, all_gather, shard_range};
+pub use communicator::{
+    Background, Communicator, Pending, ReduceOp, Traffic, Values, Wire, all_gather, shard_range,
+};
 pub use environment::{Launcher, Options, init};
-pub use error::{Collective, CommError};
+pub use error::{Call, Collective, CommError};
 pub use mpi::Mpi;
+pub use reduce::Phases;
 pub use single::Single;
 pub use topology::Topology;

@@ -1,51 +1,86 @@
 //! The one definition of a sum over ranks, and how vectors are cut.
 
 use crate::communicator::{ReduceOp, shard_range};
+use half::{bf16, f16};
 use std::ops::Range;
 
 /// A number that collectives can combine.
 pub(crate) trait Element: bytemuck::Pod + Send {
-    fn add(self, other: Self) -> Self;
-    fn least(self, other: Self) -> Self;
-    fn greatest(self, other: Self) -> Self;
+    /// What values are combined in: half precision is added up in float32 and rounded once.
+    type Wide: Copy;
+    /// Tells the types apart in the check that all ranks are in the same operation.
+    const CODE: u64;
+    fn widen(self) -> Self::Wide;
+    fn narrow(wide: Self::Wide) -> Self;
+    fn add(a: Self::Wide, b: Self::Wide) -> Self::Wide;
+    fn least(a: Self::Wide, b: Self::Wide) -> Self::Wide;
+    fn greatest(a: Self::Wide, b: Self::Wide) -> Self::Wide;
 }
 
 macro_rules! float_element {
-    ($type:ty) => {
+    ($type:ty, $wide:ty, $code:expr, $widen:expr, $narrow:expr) => {
         impl Element for $type {
+            type Wide = $wide;
+            const CODE: u64 = $code;
             #[inline(always)]
-            fn add(self, other: Self) -> Self {
-                self + other
+            fn widen(self) -> $wide {
+                $widen(self)
+            }
+            #[inline(always)]
+            fn narrow(wide: $wide) -> Self {
+                $narrow(wide)
+            }
+            #[inline(always)]
+            fn add(a: $wide, b: $wide) -> $wide {
+                a + b
             }
             /// NaN if either is: an extreme must not hide a bad value on one rank.
             #[inline(always)]
-            fn least(self, other: Self) -> Self {
-                if other < self || other.is_nan() { other } else { self }
+            fn least(a: $wide, b: $wide) -> $wide {
+                if b < a || b.is_nan() { b } else { a }
             }
             #[inline(always)]
-            fn greatest(self, other: Self) -> Self {
-                if other > self || other.is_nan() { other } else { self }
+            fn greatest(a: $wide, b: $wide) -> $wide {
+                if b > a || b.is_nan() { b } else { a }
             }
         }
     };
 }
-float_element!(f32);
-float_element!(f64);
+float_element!(f32, f32, 1, std::convert::identity, std::convert::identity);
+float_element!(f64, f64, 2, std::convert::identity, std::convert::identity);
+float_element!(f16, f32, 3, f16::to_f32, f16::from_f32);
+float_element!(bf16, f32, 4, bf16::to_f32, bf16::from_f32);
 
-impl Element for i64 {
-    #[inline(always)]
-    fn add(self, other: Self) -> Self {
-        self.wrapping_add(other)
-    }
-    #[inline(always)]
-    fn least(self, other: Self) -> Self {
-        self.min(other)
-    }
-    #[inline(always)]
-    fn greatest(self, other: Self) -> Self {
-        self.max(other)
-    }
+macro_rules! integer_element {
+    ($type:ty, $code:expr) => {
+        impl Element for $type {
+            type Wide = $type;
+            const CODE: u64 = $code;
+            #[inline(always)]
+            fn widen(self) -> $type {
+                self
+            }
+            #[inline(always)]
+            fn narrow(wide: $type) -> $type {
+                wide
+            }
+            #[inline(always)]
+            fn add(a: $type, b: $type) -> $type {
+                a.wrapping_add(b)
+            }
+            #[inline(always)]
+            fn least(a: $type, b: $type) -> $type {
+                a.min(b)
+            }
+            #[inline(always)]
+            fn greatest(a: $type, b: $type) -> $type {
+                a.max(b)
+            }
+        }
+    };
 }
+integer_element!(i64, 5);
+integer_element!(u8, 6);
 
 /// Elements added up at a time: small enough that the running sum stays in the first-level cache.
 const BLOCK: usize = 1024;
@@ -69,42 +104,39 @@ pub(crate) fn fold<'a, T: Element>(
 }
 
 fn fold_with<'a, T: Element>(
-    combine: impl Fn(T, T) -> T,
+    combine: impl Fn(T::Wide, T::Wide) -> T::Wide,
     rank: usize,
     size: usize,
     own: &mut [T],
     other: impl Fn(usize) -> &'a [T],
     mut publish: impl FnMut(usize, &[T]),
 ) {
-    let mut sum = [T::zeroed(); BLOCK];
+    let mut sum = [T::zeroed().widen(); BLOCK];
     let mut start = 0;
     while start < own.len() {
         let end = (start + BLOCK).min(own.len());
         let sum = &mut sum[..end - start];
         for source in 0..size {
             let values = if source == rank { &own[start..end] } else { &other(source)[start..end] };
-            if source == 0 {
-                sum.copy_from_slice(values);
-            } else {
-                for (total, &value) in sum.iter_mut().zip(values) {
-                    *total = combine(*total, value);
-                }
+            for (total, &value) in sum.iter_mut().zip(values) {
+                *total = if source == 0 { value.widen() } else { combine(*total, value.widen()) };
             }
         }
-        own[start..end].copy_from_slice(sum);
-        publish(start, sum);
+        let own = &mut own[start..end];
+        own.iter_mut().zip(&*sum).for_each(|(value, &wide)| *value = T::narrow(wide));
+        publish(start, own);
         start = end;
     }
 }
 
 /// Which halves of an all-reduce to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Phases {
-    /// Both: every rank ends with everything.
+pub enum Phases {
+    /// Both, an all-reduce: every rank ends with everything.
     ReduceAndGather,
-    /// Every rank ends with its shard's result.
+    /// The first, a reduce-scatter: every rank ends with its shard's result.
     Reduce,
-    /// Every rank's shard goes to all.
+    /// The second, an all-gather: every rank's shard goes to all.
     Gather,
 }
 

@@ -1,6 +1,6 @@
 //! One process: every collective is the identity.
 
-use crate::{CommError, Communicator, Pending, ReduceOp, Topology};
+use crate::{Background, CommError, Communicator, Pending, ReduceOp, Topology, Traffic, Values};
 use std::ops::Range;
 use std::time::Duration;
 
@@ -31,17 +31,19 @@ impl Communicator for Single {
         "one process, without MPI".to_owned()
     }
     fn set_deadline(&self, _deadline: Option<Duration>) {}
-    fn all_reduce_f32(&self, _data: &mut [f32]) -> Result<(), CommError> {
+    fn set_step(&self, _step: u64) {}
+    fn set_hierarchical(&self, _hierarchical: bool) {}
+    fn traffic(&self) -> Traffic {
+        Traffic::default()
+    }
+    fn all_reduce(&self, _values: Values, _op: ReduceOp) -> Result<(), CommError> {
         Ok(())
     }
-    fn all_reduce_f64(&self, _data: &mut [f64], _op: ReduceOp) -> Result<(), CommError> {
-        Ok(())
+    fn shard(&self, len: usize) -> Range<usize> {
+        0..len
     }
-    fn all_reduce_i64(&self, _data: &mut [i64], _op: ReduceOp) -> Result<(), CommError> {
+    fn reduce_scatter_f32(&self, _data: &mut [f32]) -> Result<(), CommError> {
         Ok(())
-    }
-    fn reduce_scatter_f32(&self, data: &mut [f32]) -> Result<Range<usize>, CommError> {
-        Ok(0..data.len())
     }
     fn all_gather_shards_f32(&self, _data: &mut [f32]) -> Result<(), CommError> {
         Ok(())
@@ -56,7 +58,8 @@ impl Communicator for Single {
     fn barrier(&self) -> Result<(), CommError> {
         Ok(())
     }
-    fn start_all_reduce_f32(&self, data: Vec<f32>) -> Pending<Vec<f32>> {
+    /// Nothing travels, so nothing is rounded.
+    fn start_f32(&self, data: Vec<f32>, _how: Background) -> Pending<Vec<f32>> {
         Pending::ready(data)
     }
     fn library_all_reduce_f32(&self, _data: &[f32], _sum: &mut [f32]) -> Result<bool, CommError> {

@@ -64,15 +64,20 @@ pub(super) struct Messages {
     comm: ffi::MPI_Comm,
     rank: usize,
     size: usize,
+    /// Numbers of the ranks in the job, for messages.
+    members: Vec<usize>,
     chunk_bytes: usize,
     inputs: [Lane; 2],
     results: [Lane; 2],
 }
 
 impl Messages {
-    /// `comm` must be a communicator of `size` ranks that nothing else uses, with errors returned.
-    pub(super) fn new(comm: ffi::MPI_Comm, rank: usize, size: usize, chunk_bytes: usize) -> Self {
-        Self { comm, rank, size, chunk_bytes, inputs: Default::default(), results: Default::default() }
+    /// `comm` must be a communicator that nothing else uses, with errors returned. This rank is number `rank` of it;
+    /// `members` are its ranks' numbers in the job.
+    pub(super) fn new(comm: ffi::MPI_Comm, rank: usize, members: Vec<usize>, chunk_bytes: usize) -> Self {
+        let size = members.len();
+        let (inputs, results) = Default::default();
+        Self { comm, rank, size, members, chunk_bytes, inputs, results }
     }
 
     fn others(&self) -> impl Iterator<Item = usize> + use<> {
@@ -112,7 +117,7 @@ impl Messages {
                     )
                 };
                 lane.requests.push(Request { handle, peer: transfer.peer });
-                check(code, waiter.collective, waiter.rank, waiter.size)?;
+                check(code, waiter.call, waiter.rank, waiter.size)?;
             }
         }
         let sending: &[u8] = bytemuck::cast_slice(&lane.send);
@@ -134,15 +139,15 @@ impl Messages {
                     )
                 };
                 lane.requests.push(Request { handle, peer: transfer.peer });
-                check(code, waiter.collective, waiter.rank, waiter.size)?;
+                check(code, waiter.call, waiter.rank, waiter.size)?;
             }
         }
         Ok(())
     }
 
     /// Waits for what was started in a lane.
-    fn end(lane: &mut Lane, waiter: &mut Waiter) -> Result<(), CommError> {
-        raw::complete(&mut lane.requests, waiter)?;
+    fn end(lane: &mut Lane, members: &[usize], waiter: &mut Waiter) -> Result<(), CommError> {
+        raw::complete(&mut lane.requests, members, waiter)?;
         lane.requests.clear();
         Ok(())
     }
@@ -156,7 +161,7 @@ impl Messages {
     ) -> Result<(), CommError> {
         let lane = &mut self.inputs[0];
         Self::start(self.comm, lane, sends, receives, waiter)?;
-        Self::end(lane, waiter)
+        Self::end(lane, &self.members, waiter)
     }
 
     /// All-reduce or one of its halves (see [`Phases`]), in place.
@@ -186,7 +191,7 @@ impl Messages {
             let (now, next) = (step % 2, (step + 1) % 2);
             let mine = pieces.of(self.rank, step);
             if phases.reduces() {
-                Self::end(&mut self.inputs[now], waiter)?;
+                Self::end(&mut self.inputs[now], &self.members, waiter)?;
                 if step + 1 < pieces.steps {
                     plan.start_inputs(comm, &mut self.inputs[next], data, step + 1, waiter)?;
                 }
@@ -198,14 +203,14 @@ impl Messages {
             if phases.gathers() {
                 plan.start_results(comm, &mut self.results[now], data, step, waiter)?;
                 if step > 0 {
-                    Self::end(&mut self.results[next], waiter)?;
+                    Self::end(&mut self.results[next], &self.members, waiter)?;
                     plan.take_results(&self.results[next], data, step - 1);
                 }
             }
         }
         if phases.gathers() {
             let last = pieces.steps - 1;
-            Self::end(&mut self.results[last % 2], waiter)?;
+            Self::end(&mut self.results[last % 2], &self.members, waiter)?;
             plan.take_results(&self.results[last % 2], data, last);
         }
         Ok(())

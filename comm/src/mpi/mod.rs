@@ -5,6 +5,7 @@
 //! other, a rank can compute while its gradients travel, and MPI needs no locks. (`abort` alone comes from any
 //! thread.)
 
+mod hierarchy;
 mod messages;
 mod raw;
 mod shared;
@@ -15,15 +16,19 @@ mod waiter;
 use crate::communicator::PendingState;
 use crate::environment::Options;
 use crate::reduce::{Element, Phases};
-use crate::{Collective, CommError, Communicator, Pending, ReduceOp, Topology, shard_range};
+use crate::{
+    Background, Call, Collective, CommError, Communicator, Pending, ReduceOp, Topology, Traffic, Values,
+    shard_range,
+};
+use hierarchy::Place;
 use mpi::ffi;
 use std::ops::Range;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
-use thread::{Engine, Order};
+use thread::{Engine, Manner, Order, Spent};
 
 /// Whether MPI runs and takes calls from any thread, so that `abort` may call it.
 static ABORTABLE: AtomicBool = AtomicBool::new(false);
@@ -61,7 +66,16 @@ pub struct Mpi {
     thread: Mutex<Option<JoinHandle<()>>>,
     /// In milliseconds; 0 for none.
     deadline: AtomicU64,
+    /// [`NO_STEP`] before the first.
+    step: AtomicU64,
+    hierarchical: AtomicBool,
+    /// This rank's place in two levels, where there are two.
+    place: Option<Place>,
+    spent: Arc<Spent>,
 }
+
+/// No training step goes on.
+const NO_STEP: u64 = u64::MAX;
 
 impl Mpi {
     /// Starts the communication thread and MPI in it.
@@ -81,7 +95,8 @@ impl Mpi {
                 let _end = end;
                 match Engine::start(&options) {
                     Ok(engine) => {
-                        let info = (engine.topology().clone(), engine.describe());
+                        let info =
+                            (engine.topology().clone(), engine.describe(), engine.place(), engine.spent());
                         if started.send(Ok(info)).is_ok() {
                             engine.serve(&inbox);
                         }
@@ -91,7 +106,7 @@ impl Mpi {
                 }
             })
             .map_err(|error| CommError::Start(format!("no thread for the communication: {error}")))?;
-        let (topology, description) = start.recv().unwrap_or_else(|_| {
+        let (topology, description, place, spent) = start.recv().unwrap_or_else(|_| {
             Err(CommError::Start("the communication thread failed to start".to_owned()))
         })?;
         Ok(Self {
@@ -101,6 +116,10 @@ impl Mpi {
             ended: Mutex::new(ended),
             thread: Mutex::new(Some(thread)),
             deadline,
+            step: AtomicU64::new(NO_STEP),
+            hierarchical: AtomicBool::new(true),
+            place,
+            spent,
         })
     }
 
@@ -111,8 +130,19 @@ impl Mpi {
         }
     }
 
-    fn ended(&self, collective: Collective) -> CommError {
-        CommError::Ended { collective, rank: self.topology.rank, size: self.topology.size, cause: None }
+    /// What messages call a collective that begins now.
+    fn call(&self, collective: Collective, bucket: Option<usize>) -> Call {
+        let step = self.step.load(Ordering::Relaxed);
+        Call { collective, bucket, step: (step != NO_STEP).then_some(step) }
+    }
+
+    fn manner(&self, call: Call, background: bool) -> Manner {
+        let hierarchical = self.hierarchical.load(Ordering::Relaxed);
+        Manner { call, deadline: self.deadline(), hierarchical, background }
+    }
+
+    fn ended(&self, call: Call) -> CommError {
+        CommError::Ended { call, rank: self.topology.rank, size: self.topology.size, cause: None }
     }
 
     /// Hands work to the communication thread. If that has ended the work is dropped, and its reply channel with it.
@@ -127,13 +157,13 @@ impl Mpi {
     /// Runs `work` on the communication thread and waits for it.
     fn blocking<'a, R: Send + 'a>(
         &self,
-        collective: Collective,
-        work: impl FnOnce(&mut Engine, Option<Duration>) -> Result<R, CommError> + Send + 'a,
+        call: Call,
+        work: impl FnOnce(&mut Engine, Manner) -> Result<R, CommError> + Send + 'a,
     ) -> Result<R, CommError> {
         let (reply, answer) = channel();
-        let deadline = self.deadline();
+        let manner = self.manner(call, false);
         let work: Box<dyn FnOnce(&mut Engine) + Send + 'a> = Box::new(move |engine| {
-            let result = work(engine, deadline);
+            let result = work(engine, manner);
             // The receiver waits below until this is sent or dropped.
             drop(reply.send(result));
         });
@@ -147,7 +177,7 @@ impl Mpi {
             >(work)
         };
         self.submit(work);
-        answer.recv().unwrap_or_else(|_| Err(self.ended(collective)))
+        answer.recv().unwrap_or_else(|_| Err(self.ended(call)))
     }
 
     fn reduce<T: Element>(
@@ -157,7 +187,13 @@ impl Mpi {
         op: ReduceOp,
         phases: Phases,
     ) -> Result<(), CommError> {
-        self.blocking(collective, |engine, deadline| engine.reduce(collective, data, op, phases, deadline))
+        let call = self.call(collective, None);
+        // In rank order everywhere but for float32, whose vectors are the long ones.
+        let two_levels = T::CODE == <f32 as Element>::CODE;
+        self.blocking(call, |engine, manner| {
+            let manner = Manner { hierarchical: manner.hierarchical && two_levels, ..manner };
+            engine.reduce(data, op, phases, manner)
+        })
     }
 }
 
@@ -178,21 +214,42 @@ impl Communicator for Mpi {
         self.deadline.store(milliseconds(deadline), Ordering::Relaxed);
     }
 
-    fn all_reduce_f32(&self, data: &mut [f32]) -> Result<(), CommError> {
-        self.reduce(Collective::AllReduce, data, ReduceOp::Sum, Phases::ReduceAndGather)
+    fn set_step(&self, step: u64) {
+        self.step.store(step, Ordering::Relaxed);
     }
 
-    fn all_reduce_f64(&self, data: &mut [f64], op: ReduceOp) -> Result<(), CommError> {
-        self.reduce(Collective::AllReduce, data, op, Phases::ReduceAndGather)
+    fn set_hierarchical(&self, hierarchical: bool) {
+        self.hierarchical.store(hierarchical, Ordering::Relaxed);
     }
 
-    fn all_reduce_i64(&self, data: &mut [i64], op: ReduceOp) -> Result<(), CommError> {
-        self.reduce(Collective::AllReduce, data, op, Phases::ReduceAndGather)
+    fn traffic(&self) -> Traffic {
+        Traffic {
+            busy: Duration::from_nanos(self.spent.nanoseconds.load(Ordering::Relaxed)),
+            bytes: self.spent.bytes.load(Ordering::Relaxed),
+        }
     }
 
-    fn reduce_scatter_f32(&self, data: &mut [f32]) -> Result<Range<usize>, CommError> {
-        self.reduce(Collective::ReduceScatter, data, ReduceOp::Sum, Phases::Reduce)?;
-        Ok(shard_range(data.len(), self.rank(), self.size()))
+    fn all_reduce(&self, values: Values, op: ReduceOp) -> Result<(), CommError> {
+        let (collective, phases) = (Collective::AllReduce, Phases::ReduceAndGather);
+        match values {
+            Values::F32(data) => self.reduce(collective, data, op, phases),
+            Values::F64(data) => self.reduce(collective, data, op, phases),
+            Values::F16(data) => self.reduce(collective, data, op, phases),
+            Values::Bf16(data) => self.reduce(collective, data, op, phases),
+            Values::I64(data) => self.reduce(collective, data, op, phases),
+            Values::U8(data) => self.reduce(collective, data, op, phases),
+        }
+    }
+
+    fn shard(&self, len: usize) -> Range<usize> {
+        match self.place.filter(|_| self.hierarchical.load(Ordering::Relaxed)) {
+            Some(place) => place.shard(len),
+            None => shard_range(len, self.rank(), self.size()),
+        }
+    }
+
+    fn reduce_scatter_f32(&self, data: &mut [f32]) -> Result<(), CommError> {
+        self.reduce(Collective::ReduceScatter, data, ReduceOp::Sum, Phases::Reduce)
     }
 
     fn all_gather_shards_f32(&self, data: &mut [f32]) -> Result<(), CommError> {
@@ -200,33 +257,41 @@ impl Communicator for Mpi {
     }
 
     fn all_gather_bytes(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
-        self.blocking(Collective::AllGather, |engine, deadline| engine.all_gather_bytes(mine, deadline))
+        let call = self.call(Collective::AllGather, None);
+        self.blocking(call, |engine, manner| engine.all_gather_bytes(mine, call, manner.deadline))
     }
 
     fn broadcast_bytes(&self, data: &mut Vec<u8>, root: usize) -> Result<(), CommError> {
         assert!(root < self.size(), "broadcast from rank {root} of {}", self.size());
-        self.blocking(Collective::Broadcast, |engine, deadline| engine.broadcast_bytes(data, root, deadline))
+        let call = self.call(Collective::Broadcast, None);
+        self.blocking(call, |engine, manner| engine.broadcast_bytes(data, root, call, manner.deadline))
     }
 
     fn barrier(&self) -> Result<(), CommError> {
         self.reduce(Collective::Barrier, &mut [0i64], ReduceOp::Max, Phases::ReduceAndGather)
     }
 
-    fn start_all_reduce_f32(&self, mut data: Vec<f32>) -> Pending<Vec<f32>> {
-        let collective = Collective::AllReduce;
+    fn start_f32(&self, mut data: Vec<f32>, how: Background) -> Pending<Vec<f32>> {
+        let collective = match how.phases {
+            Phases::ReduceAndGather => Collective::AllReduce,
+            Phases::Reduce => Collective::ReduceScatter,
+            Phases::Gather => Collective::AllGather,
+        };
+        let call = self.call(collective, Some(how.bucket));
+        let manner = self.manner(call, true);
         let (reply, receiver) = channel();
-        let deadline = self.deadline();
         self.submit(Box::new(move |engine| {
-            let result = engine.reduce_in_background(&mut data, deadline);
+            let result = engine.bucket(&mut data, how, manner);
             // Nobody listens if the handle was dropped; an error stays with the engine for the next call.
             drop(reply.send(result.map(|()| data)));
         }));
         let (rank, size) = (self.rank(), self.size());
-        Pending { state: PendingState::Running { receiver, collective, rank, size } }
+        Pending { state: PendingState::Running { receiver, call, rank, size } }
     }
 
     fn library_all_reduce_f32(&self, data: &[f32], sum: &mut [f32]) -> Result<bool, CommError> {
-        self.blocking(Collective::LibraryAllReduce, |engine, _| engine.library_all_reduce_f32(data, sum))?;
+        let call = self.call(Collective::LibraryAllReduce, None);
+        self.blocking(call, |engine, _| engine.library_all_reduce_f32(data, sum))?;
         Ok(true)
     }
 
@@ -244,11 +309,11 @@ impl Communicator for Mpi {
             Some(limit) => ended.recv_timeout(limit) == Err(std::sync::mpsc::RecvTimeoutError::Timeout),
             None => ended.recv().is_ok(),
         };
-        let (collective, rank, size) = (Collective::Finalize, self.rank(), self.size());
+        let (call, rank, size) = (self.call(Collective::Finalize, None), self.rank(), self.size());
         if late {
             let missing = Vec::new();
             return Err(CommError::Deadline {
-                collective,
+                call,
                 rank,
                 size,
                 waited: waited.unwrap_or_default(),
@@ -257,7 +322,7 @@ impl Communicator for Mpi {
         }
         let thread = self.thread.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
         match thread.map(JoinHandle::join) {
-            Some(Err(_)) => Err(self.ended(collective)),
+            Some(Err(_)) => Err(self.ended(call)),
             _ => Ok(()),
         }
     }

@@ -1,7 +1,7 @@
 //! The few MPI calls that are used, with errors as values.
 
 use super::waiter::Waiter;
-use crate::{Collective, CommError};
+use crate::{Call, CommError};
 use mpi::ffi;
 use std::ffi::c_int;
 
@@ -20,11 +20,11 @@ pub(super) fn error_text(code: c_int) -> String {
 }
 
 /// Turns a return code into a result.
-pub(super) fn check(code: c_int, collective: Collective, rank: usize, size: usize) -> Result<(), CommError> {
+pub(super) fn check(code: c_int, call: Call, rank: usize, size: usize) -> Result<(), CommError> {
     if code == SUCCESS {
         return Ok(());
     }
-    Err(CommError::Mpi { collective, rank, size, code, text: error_text(code) })
+    Err(CommError::Mpi { call, rank, size, code, text: error_text(code) })
 }
 
 /// A non-blocking operation with its peer.
@@ -33,11 +33,15 @@ pub(super) struct Request {
     pub(super) peer: usize,
 }
 
-/// Polls all requests to their end.
+/// Polls all requests to their end. `members` are the peers' numbers in the job.
 ///
 /// On an error some may be unfinished: their buffers must then stay where they are for the life of the process.
-pub(super) fn complete(requests: &mut [Request], waiter: &mut Waiter) -> Result<(), CommError> {
-    let (collective, rank, size) = (waiter.collective, waiter.rank, waiter.size);
+pub(super) fn complete(
+    requests: &mut [Request],
+    members: &[usize],
+    waiter: &mut Waiter,
+) -> Result<(), CommError> {
+    let (call, rank, size) = (waiter.call, waiter.rank, waiter.size);
     let mut done = 0;
     let cell = std::cell::RefCell::new(requests);
     waiter.until(
@@ -45,7 +49,7 @@ pub(super) fn complete(requests: &mut [Request], waiter: &mut Waiter) -> Result<
             let mut requests = cell.borrow_mut();
             let mut left = false;
             for request in requests.iter_mut().skip(done) {
-                left |= !test(request, collective, rank, size)?;
+                left |= !test(request, call, rank, size)?;
             }
             // A finished prefix need not be polled again.
             // SAFETY: RSMPI_REQUEST_NULL is a constant of the library.
@@ -61,7 +65,7 @@ pub(super) fn complete(requests: &mut [Request], waiter: &mut Waiter) -> Result<
                 .borrow()
                 .iter()
                 .filter(|request| request.handle != null)
-                .map(|request| request.peer)
+                .map(|request| members[request.peer])
                 .collect();
             missing.sort_unstable();
             missing.dedup();
@@ -70,10 +74,10 @@ pub(super) fn complete(requests: &mut [Request], waiter: &mut Waiter) -> Result<
     )
 }
 
-fn test(request: &mut Request, collective: Collective, rank: usize, size: usize) -> Result<bool, CommError> {
+fn test(request: &mut Request, call: Call, rank: usize, size: usize) -> Result<bool, CommError> {
     let mut flag: c_int = 0;
     // SAFETY: the handle is a live or null request that this thread made; statuses are not wanted.
     let code = unsafe { ffi::MPI_Test(&mut request.handle, &mut flag, ffi::RSMPI_STATUS_IGNORE) };
-    check(code, collective, rank, size)?;
+    check(code, call, rank, size)?;
     Ok(flag != 0)
 }

@@ -1,4 +1,4 @@
-//! Collectives through shared memory, for a job whose ranks are all on one node.
+//! Collectives through shared memory, between ranks on one node.
 //!
 //! Each rank has a segment in an MPI shared-memory window: two counters, and two slots each for inputs and for
 //! results. In step k a rank writes its values of the others' pieces into input slot k mod 2 and counts up; when all
@@ -30,6 +30,8 @@ pub(super) struct SharedMemory {
     window: ffi::MPI_Win,
     /// Start of each rank's segment.
     segments: Vec<NonNull<u8>>,
+    /// Numbers of the ranks in the job, for messages.
+    members: Vec<usize>,
     rank: usize,
     size: usize,
     chunk_bytes: usize,
@@ -38,13 +40,15 @@ pub(super) struct SharedMemory {
 }
 
 impl SharedMemory {
-    /// Makes the window: a collective over `comm`, whose `size` ranks must be on one node.
+    /// Makes the window: a collective over `comm`, whose ranks must be on one node. This rank is number `rank` of
+    /// them; `members` are their numbers in the job.
     pub(super) fn new(
         comm: ffi::MPI_Comm,
         rank: usize,
-        size: usize,
+        members: Vec<usize>,
         chunk_bytes: usize,
     ) -> Result<Self, CommError> {
+        let size = members.len();
         // A multiple of 64 for every element type and rank number.
         let chunk_bytes = chunk_bytes.next_multiple_of(4096).max(size * 128);
         // MPI promises no alignment. Mappings start at pages, so all ranks find the same next multiple of 128.
@@ -63,10 +67,10 @@ impl SharedMemory {
                 &mut window,
             )
         };
-        check(code, Collective::Start, rank, size)?;
+        check(code, Collective::Start.into(), rank, size)?;
         // SAFETY: the window is live; NOCHECK because no other kind of lock is ever taken on it.
         let code = unsafe { ffi::MPI_Win_lock_all(ffi::MPI_MODE_NOCHECK as c_int, window) };
-        check(code, Collective::Start, rank, size)?;
+        check(code, Collective::Start.into(), rank, size)?;
         let mut segments = Vec::with_capacity(size);
         for peer in 0..size {
             let mut length: ffi::MPI_Aint = 0;
@@ -82,7 +86,7 @@ impl SharedMemory {
                     (&raw mut start).cast(),
                 )
             };
-            check(code, Collective::Start, rank, size)?;
+            check(code, Collective::Start.into(), rank, size)?;
             // SAFETY: the segment is ALIGNMENT bytes longer than what is used of it.
             let start = NonNull::new(start)
                 .filter(|_| length as usize >= bytes)
@@ -95,7 +99,7 @@ impl SharedMemory {
         }
         // The counters start at zero: the pages of a new window are zero, but MPI does not promise it. Each rank
         // clears its own before anybody waits on them (a barrier follows in the caller).
-        let memory = Self { window, segments, rank, size, chunk_bytes, steps: 0 };
+        let memory = Self { window, segments, members, rank, size, chunk_bytes, steps: 0 };
         for offset in [INPUT_READY, RESULT_READY, SIGNATURE] {
             memory.counter(rank, offset).store(0, Ordering::Release);
         }
@@ -137,7 +141,7 @@ impl SharedMemory {
                 }
                 Ok(next == self.size)
             },
-            || (0..self.size).filter(behind).collect(),
+            || (0..self.size).filter(behind).map(|rank| self.members[rank]).collect(),
         )
     }
 
@@ -179,7 +183,7 @@ impl SharedMemory {
             }
         };
 
-        let kind = (waiter.collective as u64) << 8 | (op as u64) << 4 | size_of::<T>() as u64;
+        let kind = (waiter.call.collective as u64) << 8 | (op as u64) << 4 | T::CODE;
         let signature = (data.len() as u64) << 16 | kind;
         self.counter(rank, SIGNATURE).store(signature, Ordering::Relaxed);
         put_inputs(data, 0);
@@ -198,7 +202,7 @@ impl SharedMemory {
                 let differs =
                     |peer: &usize| self.counter(*peer, SIGNATURE).load(Ordering::Relaxed) != signature;
                 if let Some(other) = (0..size).find(differs) {
-                    return Err(waiter.mismatch(other));
+                    return Err(waiter.mismatch(self.members[other]));
                 }
             }
             let mine: Range<usize> = pieces.of(rank, step);

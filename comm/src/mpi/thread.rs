@@ -1,5 +1,6 @@
 //! The communication thread: owns MPI.
 
+use super::hierarchy::{Hierarchy, Place};
 use super::messages::Messages;
 use super::raw::{SUCCESS, check, error_text};
 use super::shared::SharedMemory;
@@ -8,13 +9,16 @@ use super::{ABORTABLE, library_version};
 use crate::environment::Options;
 use crate::reduce::{Element, Phases};
 use crate::topology::{Told, Topology};
-use crate::{Collective, CommError, ReduceOp};
+use crate::{Background, Call, Collective, CommError, ReduceOp, Wire, shard_range};
+use half::bf16;
 use mpi::environment::Universe;
 use mpi::{Threading, ffi};
 use std::ffi::c_int;
-use std::sync::atomic::Ordering;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Receiver;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What the communication thread is asked to do.
 pub(super) enum Order {
@@ -29,10 +33,35 @@ pub(super) struct Engine {
     topology: Topology,
     messages: Messages,
     shared: Option<SharedMemory>,
+    hierarchy: Option<Hierarchy>,
     patience: Patience,
+    spent: Arc<Spent>,
+    /// What is rounded for its way.
+    rounded: Vec<bf16>,
     /// The first error; all later work is refused with it.
     failed: Option<CommError>,
 }
+
+/// What collectives have cost, for other threads to read.
+#[derive(Debug, Default)]
+pub(super) struct Spent {
+    pub(super) nanoseconds: AtomicU64,
+    pub(super) bytes: AtomicU64,
+}
+
+/// How a collective on a vector is done.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Manner {
+    pub(super) call: Call,
+    pub(super) deadline: Option<Duration>,
+    /// Within nodes first, where that can be had.
+    pub(super) hierarchical: bool,
+    /// Whether the rank computes meanwhile.
+    pub(super) background: bool,
+}
+
+/// Vectors below this many bytes do not gain from two levels: what counts is the number of exchanges.
+const SHORT: usize = 64 << 10;
 
 /// The time a rank polls with yields before it sleeps between polls.
 const YIELDS: Duration = Duration::from_millis(1);
@@ -65,7 +94,7 @@ impl Engine {
             ffi::MPI_Comm_rank(ffi::RSMPI_COMM_WORLD, &mut rank);
             ffi::MPI_Comm_size(ffi::RSMPI_COMM_WORLD, &mut size);
             let code = ffi::MPI_Comm_dup(ffi::RSMPI_COMM_WORLD, world.as_mut_ptr());
-            check(code, Collective::Start, rank as usize, size as usize)?;
+            check(code, Collective::Start.into(), rank as usize, size as usize)?;
             world.assume_init()
         };
         ABORTABLE.store(level == Threading::Multiple, Ordering::SeqCst);
@@ -73,32 +102,57 @@ impl Engine {
         let (leader, local_size, node_comm) = split_by_node(rank, size)?;
 
         let chunk_bytes = options.chunk_bytes.clamp(64 << 10, 8 << 20);
-        let mut messages = Messages::new(world, rank, size, chunk_bytes);
+        let mut messages = Messages::new(world, rank, (0..size).collect(), chunk_bytes);
         // Until it is known who shares processors: the careful way.
         let careful = Patience { spins: 0, yields: YIELDS };
-        let waiter = || Waiter::new(Collective::Start, rank, size, careful, options.deadline);
+        let waiter = || Waiter::new(Collective::Start.into(), rank, size, careful, options.deadline);
         let told = messages.all_gather_bytes(&Told::here(leader).encode(), &mut waiter())?;
         let told: Vec<Told> =
             told.iter().enumerate().map(|(rank, bytes)| Told::decode(rank, bytes)).collect();
         let topology = Topology::new(rank, &told);
         let spins = if topology.oversubscribed() { 0 } else { 200 };
 
-        let mut shared = None;
-        if options.shared_memory && size > 1 {
-            // All ranks on one node, and every one of them got its view; otherwise nobody uses it.
-            let attempt = (local_size == size).then(|| SharedMemory::new(node_comm, rank, size, chunk_bytes));
-            let mut usable = [i64::from(matches!(attempt, Some(Ok(_))))];
+        let place = Place::new(&topology);
+        let (mut shared, mut hierarchy) = (None, None);
+        if options.shared_memory && size > 1 && (local_size == size || place.is_some()) {
+            let members = (0..size).filter(|&rank| topology.node_of[rank] == topology.node).collect();
+            let attempt = SharedMemory::new(node_comm, topology.local_rank, members, chunk_bytes);
+            // Every rank got its view of its node's; otherwise nobody uses any.
+            let mut usable = [i64::from(attempt.is_ok())];
             messages.run(&mut usable, ReduceOp::Min, Phases::ReduceAndGather, &mut waiter())?;
-            match attempt {
-                Some(Ok(memory)) if usable[0] == 1 => shared = Some(memory),
+            match (attempt, place) {
+                (Ok(memory), None) if usable[0] == 1 => shared = Some(memory),
+                (Ok(memory), Some(place)) if usable[0] == 1 => {
+                    hierarchy = Some(Hierarchy::new(memory, place, &topology, chunk_bytes)?);
+                }
                 // Left as it is: freeing would be a collective, and not all ranks have one.
-                Some(Ok(_)) => {}
-                Some(Err(error)) => tracing::warn!("no shared memory between ranks, using messages: {error}"),
-                None => {}
+                (Ok(_), _) => {}
+                (Err(error), _) => {
+                    tracing::warn!("no shared memory between ranks, using messages: {error}");
+                }
             }
         }
-        let patience = Patience { spins, yields: YIELDS };
-        Ok(Self { universe: Some(universe), world, topology, messages, shared, patience, failed: None })
+        Ok(Self {
+            universe: Some(universe),
+            world,
+            topology,
+            messages,
+            shared,
+            hierarchy,
+            patience: Patience { spins, yields: YIELDS },
+            spent: Arc::default(),
+            rounded: Vec::new(),
+            failed: None,
+        })
+    }
+
+    pub(super) fn spent(&self) -> Arc<Spent> {
+        Arc::clone(&self.spent)
+    }
+
+    /// Where this rank stands in two levels, if there are two.
+    pub(super) fn place(&self) -> Option<Place> {
+        self.hierarchy.as_ref().and_then(|_| Place::new(&self.topology))
     }
 
     pub(super) fn topology(&self) -> &Topology {
@@ -106,7 +160,11 @@ impl Engine {
     }
 
     pub(super) fn describe(&self) -> String {
-        let how = if self.shared.is_some() { "shared memory" } else { "messages" };
+        let how = match (&self.shared, &self.hierarchy) {
+            (Some(_), _) => "shared memory",
+            (None, Some(_)) => "shared memory within hosts and messages",
+            (None, None) => "messages",
+        };
         format!("{}, {how}", library_version())
     }
 
@@ -131,87 +189,115 @@ impl Engine {
         if let Some(shared) = self.shared.take() {
             shared.free();
         }
+        if let Some(hierarchy) = self.hierarchy.take() {
+            hierarchy.free();
+        }
         ABORTABLE.store(false, Ordering::SeqCst);
         drop(universe);
     }
 
-    /// Runs one collective, unless an earlier one failed, and remembers its error.
+    /// Runs one collective on so many bytes, unless an earlier one failed, and remembers its error.
     fn call<R>(
         &mut self,
-        collective: Collective,
+        (call, bytes): (Call, usize),
         deadline: Option<Duration>,
-        work: impl FnOnce(&mut Self, &mut Waiter) -> Result<R, CommError>,
-    ) -> Result<R, CommError> {
-        self.call_with(self.patience, collective, deadline, work)
-    }
-
-    fn call_with<R>(
-        &mut self,
         patience: Patience,
-        collective: Collective,
-        deadline: Option<Duration>,
         work: impl FnOnce(&mut Self, &mut Waiter) -> Result<R, CommError>,
     ) -> Result<R, CommError> {
         let (rank, size) = (self.topology.rank, self.topology.size);
         if let Some(error) = &self.failed {
-            return Err(CommError::Ended { collective, rank, size, cause: Some(error.to_string()) });
+            return Err(CommError::Ended { call, rank, size, cause: Some(error.to_string()) });
         }
-        let mut waiter = Waiter::new(collective, rank, size, patience, deadline);
-        work(self, &mut waiter).inspect_err(|error| self.failed = Some(error.clone()))
+        let started = Instant::now();
+        let mut waiter = Waiter::new(call, rank, size, patience, deadline);
+        let result = work(self, &mut waiter).inspect_err(|error| self.failed = Some(error.clone()));
+        let nanoseconds = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.spent.nanoseconds.fetch_add(nanoseconds, Ordering::Relaxed);
+        self.spent.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        result
     }
 
     pub(super) fn reduce<T: Element>(
         &mut self,
-        collective: Collective,
         data: &mut [T],
         op: ReduceOp,
         phases: Phases,
-        deadline: Option<Duration>,
+        manner: Manner,
     ) -> Result<(), CommError> {
-        self.call(collective, deadline, |engine, waiter| match &mut engine.shared {
-            Some(shared) => shared.run(data, op, phases, waiter),
-            None => engine.messages.run(data, op, phases, waiter),
+        let bytes = size_of_val(data);
+        let patience = if manner.background { BACKGROUND } else { self.patience };
+        let short = phases == Phases::ReduceAndGather && bytes <= SHORT;
+        self.call((manner.call, bytes), manner.deadline, patience, |engine, waiter| {
+            match (&mut engine.shared, &mut engine.hierarchy) {
+                (Some(shared), _) => shared.run(data, op, phases, waiter),
+                (None, Some(hierarchy)) if manner.hierarchical && !short => {
+                    hierarchy.run(data, op, phases, waiter)
+                }
+                _ => engine.messages.run(data, op, phases, waiter),
+            }
         })
     }
 
-    /// All-reduce while the rank computes.
-    pub(super) fn reduce_in_background(
+    /// A collective on a gradient bucket, while the rank computes.
+    pub(super) fn bucket(
         &mut self,
         data: &mut [f32],
-        deadline: Option<Duration>,
+        how: Background,
+        manner: Manner,
     ) -> Result<(), CommError> {
-        let (op, phases) = (ReduceOp::Sum, Phases::ReduceAndGather);
-        self.call_with(BACKGROUND, Collective::AllReduce, deadline, |engine, waiter| {
-            match &mut engine.shared {
-                Some(shared) => shared.run(data, op, phases, waiter),
-                None => engine.messages.run(data, op, phases, waiter),
-            }
-        })
+        let (op, phases) = (ReduceOp::Sum, how.phases);
+        if how.wire == Wire::F32 || !phases.reduces() {
+            return self.reduce(data, op, phases, manner);
+        }
+        let mut rounded = std::mem::take(&mut self.rounded);
+        rounded.clear();
+        rounded.extend(data.iter().map(|&value| bf16::from_f32(value)));
+        self.reduce(&mut rounded, op, phases, manner)?;
+        let valid =
+            if phases.gathers() { 0..data.len() } else { self.shard(data.len(), manner.hierarchical) };
+        for (value, sum) in data[valid.clone()].iter_mut().zip(&rounded[valid]) {
+            *value = sum.to_f32();
+        }
+        self.rounded = rounded;
+        Ok(())
+    }
+
+    /// This rank's shard of a vector.
+    fn shard(&self, len: usize, hierarchical: bool) -> Range<usize> {
+        match self.place().filter(|_| hierarchical) {
+            Some(place) => place.shard(len),
+            None => shard_range(len, self.topology.rank, self.topology.size),
+        }
     }
 
     pub(super) fn all_gather_bytes(
         &mut self,
         mine: &[u8],
+        call: Call,
         deadline: Option<Duration>,
     ) -> Result<Vec<Vec<u8>>, CommError> {
-        let collective = Collective::AllGather;
-        self.call(collective, deadline, |engine, waiter| engine.messages.all_gather_bytes(mine, waiter))
+        let work = |engine: &mut Self, waiter: &mut Waiter| engine.messages.all_gather_bytes(mine, waiter);
+        self.call((call, mine.len()), deadline, self.patience, work)
     }
 
     pub(super) fn broadcast_bytes(
         &mut self,
         data: &mut Vec<u8>,
         root: usize,
+        call: Call,
         deadline: Option<Duration>,
     ) -> Result<(), CommError> {
-        let collective = Collective::Broadcast;
-        self.call(collective, deadline, |engine, waiter| engine.messages.broadcast_bytes(data, root, waiter))
+        let bytes = data.len();
+        let work =
+            |engine: &mut Self, waiter: &mut Waiter| engine.messages.broadcast_bytes(data, root, waiter);
+        self.call((call, bytes), deadline, self.patience, work)
     }
 
     /// MPI_Allreduce, blocking. (Not in place: MPI_IN_PLACE has another value in every MPI, and the crate has none.)
     pub(super) fn library_all_reduce_f32(&mut self, data: &[f32], sum: &mut [f32]) -> Result<(), CommError> {
         assert_eq!(data.len(), sum.len(), "all-reduce into a slice of another length");
-        self.call(Collective::LibraryAllReduce, None, |engine, waiter| {
+        let call = Collective::LibraryAllReduce.into();
+        self.call((call, size_of_val(data)), None, self.patience, |engine, waiter| {
             let length = c_int::try_from(data.len()).map_err(|_| {
                 CommError::Start(format!("{} elements are too many for MPI_Allreduce", data.len()))
             })?;
@@ -226,7 +312,7 @@ impl Engine {
                     engine.world,
                 )
             };
-            check(code, waiter.collective, waiter.rank, waiter.size)
+            check(code, waiter.call, waiter.rank, waiter.size)
         })
     }
 }
@@ -245,7 +331,7 @@ fn split_by_node(rank: usize, size: usize) -> Result<(usize, usize, ffi::MPI_Com
             ffi::RSMPI_INFO_NULL,
             node.as_mut_ptr(),
         );
-        check(code, Collective::Start, rank, size)?;
+        check(code, Collective::Start.into(), rank, size)?;
         let node = node.assume_init();
         ffi::MPI_Comm_set_errhandler(node, ffi::RSMPI_ERRORS_RETURN);
         ffi::MPI_Comm_size(node, &mut local_size);

@@ -1,6 +1,6 @@
 //! Waiting for other ranks: briefly by spinning, then by yielding, then asleep, and never beyond the deadline.
 
-use crate::{Collective, CommError};
+use crate::{Call, CommError};
 use std::time::{Duration, Instant};
 
 /// How a rank waits; chosen once from the topology.
@@ -17,7 +17,7 @@ const SLEEP: Duration = Duration::from_micros(50);
 
 /// One collective call: who waits in what since when.
 pub(super) struct Waiter {
-    pub(super) collective: Collective,
+    pub(super) call: Call,
     pub(super) rank: usize,
     pub(super) size: usize,
     patience: Patience,
@@ -29,14 +29,14 @@ pub(super) struct Waiter {
 
 impl Waiter {
     pub(super) fn new(
-        collective: Collective,
+        call: Call,
         rank: usize,
         size: usize,
         patience: Patience,
         deadline: Option<Duration>,
     ) -> Self {
         let now = Instant::now();
-        Self { collective, rank, size, patience, started: now, deadline, polls: 0, waiting_since: now }
+        Self { call, rank, size, patience, started: now, deadline, polls: 0, waiting_since: now }
     }
 
     /// Polls until `ready` says true; `missing` lists who has not come, for the error.
@@ -58,8 +58,8 @@ impl Waiter {
             }
             let waited = now - self.started;
             if self.deadline.is_some_and(|deadline| waited > deadline) {
-                let (collective, rank, size) = (self.collective, self.rank, self.size);
-                return Err(CommError::Deadline { collective, rank, size, waited, missing: missing() });
+                let (call, rank, size) = (self.call, self.rank, self.size);
+                return Err(CommError::Deadline { call, rank, size, waited, missing: missing() });
             }
             if now - self.waiting_since < self.patience.yields {
                 std::thread::yield_now();
@@ -71,6 +71,6 @@ impl Waiter {
     }
 
     pub(super) fn mismatch(&self, other: usize) -> CommError {
-        CommError::Mismatch { collective: self.collective, rank: self.rank, size: self.size, other }
+        CommError::Mismatch { call: self.call, rank: self.rank, size: self.size, other }
     }
 }

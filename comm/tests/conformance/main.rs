@@ -34,9 +34,12 @@ fn main() {
         trials.extend([
             Trial::test(format!("mpi::missed_deadline::{way}"), move || {
                 let job = job::mpirun(3, "deadline", way);
-                job.expect_failure(4, "all-reduce on rank 0 of 3 gave up after 1.")?
-                    .expect("waiting for rank 2")
-                    .map(drop)
+                job.expect_failure(
+                    4,
+                    "reduce-scatter of bucket 7 in step 120 on rank 0 of 3 gave up after 1.",
+                )?
+                .expect("waiting for rank 2")
+                .map(drop)
             }),
             Trial::test(format!("mpi::missed_deadline_of_a_broadcast::{way}"), move || {
                 let job = job::mpirun(2, "broadcast-deadline", way);

@@ -1,8 +1,9 @@
 //! What one rank of a job under test does.
 
+use half::{bf16, f16};
 use repa_comm::{
-    Communicator, Failure, Options, ReduceOp, abort, all_gather, all_or_first_error, end_with, init,
-    install_panic_hook, shard_range,
+    Background, Communicator, Failure, Options, Phases, ReduceOp, Wire, abort, all_gather,
+    all_or_first_error, end_with, init, install_panic_hook, shard_range,
 };
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -28,7 +29,11 @@ pub fn run(role: &str) -> ! {
         "collectives" => collectives(comm),
         "deadline" => {
             comm.set_deadline(Some(Duration::from_secs(1)));
-            leave_out(comm, 2, 0, || comm.all_reduce_f32(&mut vec![1.0; 100_000]));
+            comm.set_step(120);
+            leave_out(comm, 2, 0, || {
+                let how = Background { phases: Phases::Reduce, wire: Wire::F32, bucket: 7 };
+                comm.start_f32(vec![1.0; 100_000], how).wait().map(drop)
+            });
         }
         "broadcast-deadline" => {
             comm.set_deadline(Some(Duration::from_secs(1)));
@@ -145,21 +150,38 @@ fn collectives(comm: &dyn Communicator) {
 
         // However the vector is cut into buckets, and with several on their way.
         let bucket = 1 + len / 3;
-        let pending: Vec<_> =
-            whole.chunks(bucket).map(|part| comm.start_all_reduce_f32(part.to_vec())).collect();
-        let parts: Vec<f32> = pending.into_iter().flat_map(|part| part.wait().unwrap()).collect();
+        let how = |number, wire| Background { phases: Phases::ReduceAndGather, wire, bucket: number };
+        let in_buckets = |wire| -> Vec<f32> {
+            let start = |(number, part): (usize, &[f32])| comm.start_f32(part.to_vec(), how(number, wire));
+            let pending: Vec<_> = whole.chunks(bucket).enumerate().map(start).collect();
+            pending.into_iter().flat_map(|part| part.wait().unwrap()).collect()
+        };
+        let parts = in_buckets(Wire::F32);
         assert_eq!(bits(&parts), bits(&expected), "all-reduce of {len} in buckets of {bucket}");
 
-        // The halves, one after the other, make a whole.
-        let mut data = whole.clone();
-        let mine = comm.reduce_scatter_f32(&mut data).unwrap();
-        assert_eq!(mine, shard_range(len, rank, size));
-        for (index, value) in data.iter().enumerate() {
-            let right = if mine.contains(&index) { expected[index] } else { whole[index] };
-            assert_eq!(value.to_bits(), right.to_bits(), "reduce-scatter of {len} at {index}");
+        // Rounded for the way: the sum of what was rounded, in float32, rounded once.
+        if size > 1 {
+            let rounded = |values: Vec<f32>| -> Vec<f32> {
+                values.into_iter().map(|v| bf16::from_f32(v).to_f32()).collect()
+            };
+            let mut sum = rounded(input(seed, 0, len));
+            for other in 1..size {
+                sum.iter_mut().zip(rounded(input(seed, other, len))).for_each(|(total, v)| *total += v);
+            }
+            assert_eq!(bits(&in_buckets(Wire::Bf16)), bits(&rounded(sum)), "bfloat16 all-reduce of {len}");
         }
+
+        // The halves, one after the other, make a whole; on the caller's time and in the background.
+        let mine = comm.shard(len);
+        assert_eq!(mine, shard_range(len, rank, size));
+        let mut data = whole.clone();
+        comm.reduce_scatter_f32(&mut data).unwrap();
+        assert_eq!(bits(&data[mine.clone()]), bits(&expected[mine.clone()]), "reduce-scatter of {len}");
         comm.all_gather_shards_f32(&mut data).unwrap();
         assert_eq!(bits(&data), bits(&expected), "all-gather of the shards of {len}");
+        let half = |data, phases| comm.start_f32(data, Background { phases, ..how(0, Wire::F32) }).wait();
+        let data = half(half(whole.clone(), Phases::Reduce).unwrap(), Phases::Gather).unwrap();
+        assert_eq!(bits(&data), bits(&expected), "the halves for {len} in the background");
 
         // Other lengths on every rank, nothing on one of them.
         let part_of = |rank: usize| input(seed, rank, if rank == 1 { 0 } else { len / (rank + 1) });
@@ -209,12 +231,38 @@ fn small_kinds(comm: &dyn Communicator) {
             comm.all_reduce_f64(&mut data, op).unwrap();
             let expected: Vec<f64> = expected.iter().map(|&value| value as f64 / 8.0).collect();
             assert_eq!(data, expected, "{op:?} of {len} float64");
+            half_precision(comm, op, len);
         }
     }
+    let mut bytes = vec![200u8, rank as u8];
+    comm.all_reduce((&mut bytes[..]).into(), ReduceOp::Sum).unwrap();
+    assert_eq!(bytes, [200u8.wrapping_mul(size as u8), (0..size as u8).sum()]);
     // A sum that starts from rank 0's value keeps its sign, and a bad value on one rank shows on all.
     let mut data = [-0.0, if rank == 0 { f32::NAN } else { 1.0 }];
     comm.all_reduce_f32(&mut data).unwrap();
     assert!(data[0].is_sign_negative() && data[1].is_nan());
+}
+
+/// Sums of half precision are taken in float32 and rounded once; extremes are exact.
+fn half_precision(comm: &dyn Communicator, op: ReduceOp, len: usize) {
+    let own = |rank: usize, i: usize| noise(5, rank, i).clamp(-300.0, 300.0);
+    let combine = |i: usize, round: &dyn Fn(f32) -> f32| {
+        let values = (0..comm.size()).map(|rank| round(own(rank, i)));
+        let combined = values.reduce(|a, b| match op {
+            ReduceOp::Sum => a + b,
+            ReduceOp::Min => a.min(b),
+            ReduceOp::Max => a.max(b),
+        });
+        round(combined.expect("at least one rank"))
+    };
+    let mut data: Vec<f16> = (0..len).map(|i| f16::from_f32(own(comm.rank(), i))).collect();
+    comm.all_reduce((&mut data[..]).into(), op).unwrap();
+    let right = |(i, v): (usize, &f16)| v.to_f32() == combine(i, &|x| f16::from_f32(x).to_f32());
+    assert!(data.iter().enumerate().all(right), "{op:?} of {len} float16");
+    let mut data: Vec<bf16> = (0..len).map(|i| bf16::from_f32(own(comm.rank(), i))).collect();
+    comm.all_reduce((&mut data[..]).into(), op).unwrap();
+    let right = |(i, v): (usize, &bf16)| v.to_f32() == combine(i, &|x| bf16::from_f32(x).to_f32());
+    assert!(data.iter().enumerate().all(right), "{op:?} of {len} bfloat16");
 }
 
 /// Nobody leaves a barrier before everybody has come, whoever is late.

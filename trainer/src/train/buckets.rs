@@ -8,7 +8,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use repa_comm::{CommError, Communicator, Pending};
+use repa_comm::{Background, CommError, Communicator, Pending, Phases, Wire};
 
 use crate::model::SitConfig;
 use crate::ops::GradientSink;
@@ -175,7 +175,11 @@ impl Collector {
                 return;
             }
             bucket.data = match std::mem::replace(&mut bucket.data, State::Moved) {
-                State::Filling(data) => State::Travelling(self.comm.start_all_reduce_f32(data)),
+                State::Filling(data) => {
+                    let (phases, wire) = (Phases::ReduceAndGather, Wire::F32);
+                    let how = Background { phases, wire, bucket: number };
+                    State::Travelling(self.comm.start_f32(data, how))
+                }
                 other => other,
             };
             filling.next += 1;
