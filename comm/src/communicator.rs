@@ -3,6 +3,7 @@
 use crate::reduce::Phases;
 use crate::{Call, CommError, Topology};
 use half::{bf16, f16};
+use serde::{Deserialize, Serialize};
 use std::ops::Range;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
@@ -47,7 +48,8 @@ macro_rules! values_from {
 values_from!(F32: f32, F64: f64, F16: f16, Bf16: bf16, I64: i64, U8: u8);
 
 /// How float32 values travel.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Wire {
     /// As they are.
     #[default]
@@ -118,7 +120,7 @@ pub trait Communicator: Send + Sync {
 
     /// Tells which training step goes on, for messages.
     fn set_step(&self, step: u64);
-    /// Whether sums of long vectors are taken within each node first and between the nodes after, where nodes have
+    /// Whether sums of float32 are taken within each node first and between the nodes after, where nodes have
     /// equally many ranks and more than one. Another order of additions, and less on the network. The same on all
     /// ranks; true at the start.
     fn set_hierarchical(&self, hierarchical: bool);

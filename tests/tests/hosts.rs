@@ -43,6 +43,13 @@ fn three_hosts_train_to_the_losses_of_one() {
         records.iter().map(|r| r.loss).collect::<Vec<_>>()
     };
     assert_eq!(losses(&three), losses(&plain));
+    // Without two levels, sums are taken in rank order wherever the ranks are: one host's bits. A sharded optimizer
+    // changes none.
+    let (flat, _) = train("flat", &|a| hosts.mpirun(2, a), &["comm.hierarchical=false"]);
+    assert_eq!(losses(&one), losses(&flat));
+    let zero1 = ["optimizer.sharding=zero1"];
+    let (sharded, _) = train("zero1", &|a| hosts.mpirun(2, a), &zero1);
+    assert_eq!(losses(&three), losses(&sharded));
 }
 
 /// Starts a run without end on two hosts, a rank each, and waits until it has made some steps.
@@ -93,6 +100,8 @@ fn a_link_that_goes_down_ends_all_ranks() {
     assert!(cut.elapsed() > Duration::from_secs(4), "they ended for another reason");
     running.signal("KILL");
     let ended = running.wait(DEADLINE);
-    let message = "error: rank 0 on h1: all-reduce on rank 0 of 2 gave up after 5.0 s waiting for rank 1";
-    assert!(ended.stderr.contains(message), "{}", ended.stderr);
+    let said = &ended.stderr;
+    // Which bucket it was depends on the moment.
+    assert!(said.contains("error: rank 0 on h1: all-reduce") && said.contains(" in step "), "{said}");
+    assert!(said.contains(" on rank 0 of 2 gave up after 5.0 s waiting for rank 1"), "{said}");
 }

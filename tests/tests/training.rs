@@ -4,6 +4,9 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use repa_trainer::checkpoint::{self, Array};
+use repa_trainer::config::Config;
+
 use repa_tests::{Running, log, loss_difference, mpirun, repa_dist, small_model, small_store};
 
 const DEADLINE: Duration = Duration::from_secs(120);
@@ -78,6 +81,56 @@ fn the_same_layout_gives_the_same_bits_also_when_stopped_and_resumed() {
     train(1, &store, &run("d"), &[]);
     let difference = loss_difference(&log(&run("a")), &log(&run("d")));
     assert!(difference < 1e-4, "resumed on another world size: losses differ by {difference:.2e}");
+}
+
+/// Weights, average and moments of a run's newest checkpoint.
+fn learned(run: &Path) -> Vec<Vec<u32>> {
+    let found = checkpoint::latest(&run.join("checkpoints")).expect("readable").0.expect("a checkpoint");
+    let config: Config = serde_json::from_value(found.manifest().config.clone()).expect("a configuration");
+    let layout = config.sit().layout();
+    let bits = |array| found.read(&layout, array).expect("readable").into_iter().map(f32::to_bits).collect();
+    Array::ALL.into_iter().map(bits).collect()
+}
+
+/// ZeRO-1 gives the weights, moments and average of the whole optimizer to the bit, also when a run goes back and
+/// forth between the two, and bytes are spread evenly.
+#[test]
+fn a_sharded_optimizer_changes_no_bit() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = folder.path().join("store");
+    small_store(&store, 23);
+    let run = |name: &str| folder.path().join(name);
+    // Small buckets and wide layers, so that tensors lie in several.
+    let train = |ranks, run: &Path, more: &[&str]| {
+        let model = ["comm.bucket_mib=1", "model.hidden_size=128"];
+        train(ranks, &store, run, &[&model, more].concat());
+    };
+    let zero1 = "optimizer.sharding=zero1";
+    for ranks in [2, 3] {
+        let (plain, sharded) = (run(&format!("plain{ranks}")), run(&format!("sharded{ranks}")));
+        train(ranks, &plain, &[]);
+        train(ranks, &sharded, &[zero1, "train.steps=5"]);
+        train(ranks, &sharded, &["train.steps=8"]);
+        train(ranks, &sharded, &["comm.overlap=false", zero1]);
+        assert!(learned(&plain) == learned(&sharded), "{ranks} ranks");
+        let sizes: Vec<usize> = shards(&sharded).iter().map(|(_, bytes)| bytes.len()).collect();
+        let (least, most) = (sizes.iter().min().expect("shards"), sizes.iter().max().expect("shards"));
+        assert!(sizes.len() == ranks && *most as f64 <= 1.05 * *least as f64, "{sizes:?}");
+    }
+}
+
+/// Gradients rounded to bfloat16 on their way: other bits, nearly the same losses.
+#[test]
+fn half_the_bytes_on_the_wire_give_nearly_the_same_losses() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = folder.path().join("store");
+    small_store(&store, 23);
+    let run = |name: &str| folder.path().join(name);
+    train(2, &store, &run("f32"), &[]);
+    train(2, &store, &run("bf16"), &["comm.wire=bf16"]);
+    let difference = loss_difference(&log(&run("f32")), &log(&run("bf16")));
+    assert!(difference > 0.0 && difference < 1e-2, "{difference:.2e}");
+    assert!(log(&run("f32")).iter().all(|r| r.communication_busy_seconds > 0.0));
 }
 
 #[test]

@@ -60,9 +60,6 @@ pub(super) struct Manner {
     pub(super) background: bool,
 }
 
-/// Vectors below this many bytes do not gain from two levels: what counts is the number of exchanges.
-const SHORT: usize = 64 << 10;
-
 /// The time a rank polls with yields before it sleeps between polls.
 const YIELDS: Duration = Duration::from_millis(1);
 
@@ -226,13 +223,10 @@ impl Engine {
     ) -> Result<(), CommError> {
         let bytes = size_of_val(data);
         let patience = if manner.background { BACKGROUND } else { self.patience };
-        let short = phases == Phases::ReduceAndGather && bytes <= SHORT;
         self.call((manner.call, bytes), manner.deadline, patience, |engine, waiter| {
             match (&mut engine.shared, &mut engine.hierarchy) {
                 (Some(shared), _) => shared.run(data, op, phases, waiter),
-                (None, Some(hierarchy)) if manner.hierarchical && !short => {
-                    hierarchy.run(data, op, phases, waiter)
-                }
+                (None, Some(hierarchy)) if manner.hierarchical => hierarchy.run(data, op, phases, waiter),
                 _ => engine.messages.run(data, op, phases, waiter),
             }
         })

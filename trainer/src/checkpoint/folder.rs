@@ -88,7 +88,6 @@ fn manifest(
     let mut tensors: BTreeMap<Array, BTreeMap<String, TensorRecord>> = BTreeMap::new();
     let world_size = records.len();
     let mut shards = Vec::with_capacity(world_size);
-    // By rank, pieces of a tensor come in ascending order.
     for record in records {
         for (array, number, piece) in record.pieces {
             let entry = &layout.entries()[number];
@@ -98,6 +97,9 @@ fn manifest(
             tensors.entry(entry.name.clone()).or_insert_with(empty).pieces.push(piece);
         }
         shards.push(Shard { file: record.file, bytes: record.bytes, xxh3: record.xxh3 });
+    }
+    for tensor in tensors.values_mut().flat_map(BTreeMap::values_mut) {
+        tensor.pieces.sort_by_key(|piece| piece.start);
     }
     Manifest {
         format: FORMAT.into(),

@@ -2,8 +2,8 @@
 //!
 //! `step-00050000/` holds `rank-00003-of-00008.safetensors`, one file a rank, and `manifest.json`. What
 //! a run has learned is four flat float32 arrays in layout order ([`Array`]); each rank writes an even
-//! contiguous range of each, cut at tensor boundaries into pieces that carry the reference's parameter
-//! names. The manifest says where each piece lies, and gives every shard's digest; its own is in
+//! part of each (a contiguous range, or what it keeps where the optimizer is sharded), cut at tensor
+//! boundaries into pieces that carry the reference's parameter names. The manifest says where each piece lies, and gives every shard's digest; its own is in
 //! `manifest.xxh3`. Frozen parameters follow from the model and are left out, but for those of an
 //! imported checkpoint ([`reference`]), which may differ in their last bits.
 //!
@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 pub use folder::{Listed, begin, commit, growing, latest, list, name, prune};
 pub use manifest::{Manifest, Piece, Progress, ShardRecord, TensorRecord};
 pub use reader::Checkpoint;
-pub use shard::{Arrays, Frozen, write_shard, write_shard_with};
+pub use shard::{Arrays, Frozen, Part, write_shard};
 
 /// The flat arrays of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]

@@ -108,18 +108,19 @@ impl Checkpoint {
     /// # Errors
     /// The checkpoint is of another model, or cannot be read.
     pub fn read(&self, layout: &Layout, array: Array) -> Result<Vec<f32>, CheckpointError> {
-        self.read_range(layout, array, 0..layout.trainable_len())
+        self.read_ranges(layout, array, std::slice::from_ref(&(0..layout.trainable_len())))
     }
 
-    /// Part of one array in a layout's order, whatever the world size that wrote it.
+    /// Parts of one array in a layout's order, one after the other, whatever the world size that wrote it. `ranges`
+    /// are ascending and apart.
     ///
     /// # Errors
     /// The checkpoint is of another model, or cannot be read.
-    pub fn read_range(
+    pub fn read_ranges(
         &self,
         layout: &Layout,
         array: Array,
-        range: Range<usize>,
+        ranges: &[Range<usize>],
     ) -> Result<Vec<f32>, CheckpointError> {
         self.check(layout, array)?;
         let files = self
@@ -131,21 +132,29 @@ impl Checkpoint {
                 File::open(&path).map_err(CheckpointError::read(&path))
             })
             .collect::<Result<Vec<_>, _>>()?;
-        let mut out = vec![0.0f32; range.len()];
-        for entry in layout.entries().iter().filter(|e| e.trainable) {
-            for piece in &self.manifest.tensors[&array][&entry.name].pieces {
-                let wanted =
-                    range.start.max(entry.offset + piece.start)..range.end.min(entry.offset + piece.end);
+        let mut out = vec![0.0f32; ranges.iter().map(Range::len).sum()];
+        let mut begin = 0;
+        for range in ranges {
+            let entries = layout.entries().iter().filter(|e| e.trainable);
+            let pieces = entries
+                .skip_while(|e| e.offset + e.len() <= range.start)
+                .take_while(|e| e.offset < range.end)
+                .flat_map(|e| {
+                    self.manifest.tensors[&array][&e.name].pieces.iter().map(move |p| (e.offset, p))
+                });
+            for (offset, piece) in pieces {
+                let wanted = range.start.max(offset + piece.start)..range.end.min(offset + piece.end);
                 if wanted.is_empty() {
                     continue;
                 }
-                let skipped = (wanted.start - entry.offset - piece.start) * size_of::<f32>();
-                let part = &mut out[wanted.start - range.start..wanted.end - range.start];
+                let skipped = (wanted.start - offset - piece.start) * size_of::<f32>();
+                let part = &mut out[begin + wanted.start - range.start..begin + wanted.end - range.start];
                 let path = || self.dir.join(&self.manifest.shards[piece.shard].file);
                 files[piece.shard]
                     .read_exact_at(bytemuck::cast_slice_mut(part), piece.offset + skipped as u64)
                     .map_err(|source| CheckpointError::Read { path: path(), source })?;
             }
+            begin += range.len();
         }
         Ok(out)
     }

@@ -16,6 +16,17 @@ use crate::params::Layout;
 #[cfg(target_endian = "big")]
 compile_error!("checkpoints are written without byte swapping: little-endian hosts only");
 
+/// What a rank writes of one flat array.
+#[derive(Debug, Clone)]
+pub struct Part<'a> {
+    /// The array.
+    pub array: Array,
+    /// Ranges of it, ascending and apart.
+    pub ranges: Vec<Range<usize>>,
+    /// Their elements, one range after the other.
+    pub values: &'a [f32],
+}
+
 /// The flat arrays of a run, in layout order, all of the same length.
 #[derive(Debug, Clone, Copy)]
 pub struct Arrays<'a> {
@@ -29,14 +40,15 @@ pub struct Arrays<'a> {
     pub exp_avg_sq: &'a [f32],
 }
 
-impl Arrays<'_> {
-    fn get(&self, array: Array) -> &[f32] {
-        match array {
-            Array::Model => self.model,
-            Array::Ema => self.ema,
-            Array::ExpAvg => self.exp_avg,
-            Array::ExpAvgSq => self.exp_avg_sq,
-        }
+impl<'a> Arrays<'a> {
+    /// The even part of `rank` of `world` ranks that all have everything.
+    pub fn parts(&self, rank: usize, world: usize) -> Vec<Part<'a>> {
+        let values = [self.model, self.ema, self.exp_avg, self.exp_avg_sq];
+        let part = |(array, values): (Array, &'a [f32])| {
+            let range = shard_range(values.len(), rank, world);
+            Part { array, values: &values[range.clone()], ranges: vec![range] }
+        };
+        Array::ALL.into_iter().zip(values).map(part).collect()
     }
 }
 
@@ -52,60 +64,49 @@ pub struct Frozen<'a> {
     pub values: &'a [f32],
 }
 
-/// Writes the part of `rank` into the folder `dir` that [`super::begin`] made, and brings it to disk.
+/// Writes the shard of `rank` into the folder `dir` that [`super::begin`] made, and brings it to disk. One rank may
+/// give frozen parameters' values besides, each whole.
 ///
 /// # Errors
 /// The file cannot be written.
 pub fn write_shard(
     dir: &Path,
     layout: &Layout,
-    arrays: &Arrays,
-    rank: usize,
-    world: usize,
-) -> Result<ShardRecord, CheckpointError> {
-    write_shard_with(dir, layout, arrays, &[], rank, world)
-}
-
-/// [`write_shard`], with frozen parameters' values besides. One rank gives them, each whole.
-///
-/// # Errors
-/// The file cannot be written.
-pub fn write_shard_with(
-    dir: &Path,
-    layout: &Layout,
-    arrays: &Arrays,
+    parts: &[Part],
     frozen: &[Frozen],
     rank: usize,
     world: usize,
 ) -> Result<ShardRecord, CheckpointError> {
     let file = format!("rank-{rank:05}-of-{world:05}.safetensors");
     let path = dir.join(&file);
-    let range = shard_range(layout.trainable_len(), rank, world);
-    let parts: Vec<(usize, Range<usize>)> = parts(layout, &range).collect();
 
     let mut names = Vec::new();
     let mut pieces = Vec::new();
     let mut offset = 0;
-    let mut place = |array: Array, number: usize, part: Range<usize>| {
+    // One safetensors entry holds all that the shard has of a tensor, one piece after the other.
+    let mut place = |array: Array, number: usize, parts: &[Range<usize>]| {
         let entry = &layout.entries()[number];
-        let bytes = part.len() * size_of::<f32>();
+        let elements = parts.iter().map(Range::len).sum::<usize>();
+        let bytes = elements * size_of::<f32>();
         names.push((
             format!("{}.{}", array.prefix(), entry.name),
-            TensorInfo { dtype: Dtype::F32, shape: vec![part.len()], data_offsets: (offset, offset + bytes) },
+            TensorInfo { dtype: Dtype::F32, shape: vec![elements], data_offsets: (offset, offset + bytes) },
         ));
-        let piece = Piece { shard: rank, offset: offset as u64, start: part.start, end: part.end };
-        pieces.push((array, number, piece));
-        offset += bytes;
+        for part in parts {
+            let piece = Piece { shard: rank, offset: offset as u64, start: part.start, end: part.end };
+            pieces.push((array, number, piece));
+            offset += part.len() * size_of::<f32>();
+        }
     };
-    for array in Array::ALL {
-        for (number, part) in &parts {
-            let first = layout.entries()[*number].offset;
-            place(array, *number, part.start - first..part.end - first);
+    for Part { array, ranges, values } in parts {
+        assert_eq!(ranges.iter().map(Range::len).sum::<usize>(), values.len(), "a part does not fit");
+        for (number, parts) in tensors(layout, ranges) {
+            place(*array, number, &parts);
         }
     }
     for value in frozen {
         assert_eq!(value.values.len(), layout.entries()[value.number].len(), "a frozen value does not fit");
-        place(value.array, value.number, 0..value.values.len());
+        place(value.array, value.number, std::slice::from_ref(&(0..value.values.len())));
     }
     let header = header(names, rank, world);
     for (_, _, piece) in &mut pieces {
@@ -115,8 +116,8 @@ pub fn write_shard_with(
     let write = || -> std::io::Result<String> {
         let mut out = Hashed { file: BufWriter::new(File::create(&path)?), hash: Xxh3::new() };
         out.write(&header)?;
-        for array in Array::ALL {
-            out.write(bytemuck::cast_slice(&arrays.get(array)[range.clone()]))?;
+        for part in parts {
+            out.write(bytemuck::cast_slice(part.values))?;
         }
         for value in frozen {
             out.write(bytemuck::cast_slice(value.values))?;
@@ -127,15 +128,24 @@ pub fn write_shard_with(
     Ok(ShardRecord { file, bytes: (header.len() + offset) as u64, xxh3, pieces })
 }
 
-/// The trainable parameters that meet a range of the flat array, and the part of the range in each.
-fn parts<'a>(
-    layout: &'a Layout,
-    range: &'a Range<usize>,
-) -> impl Iterator<Item = (usize, Range<usize>)> + 'a {
-    layout.entries().iter().enumerate().filter(|(_, entry)| entry.trainable).filter_map(|(number, entry)| {
-        let part = range.start.max(entry.offset)..range.end.min(entry.offset + entry.len());
-        (!part.is_empty()).then_some((number, part))
-    })
+/// The trainable parameters that ranges of the flat array meet, and the elements of each that they hold.
+fn tensors(layout: &Layout, ranges: &[Range<usize>]) -> Vec<(usize, Vec<Range<usize>>)> {
+    let mut found = Vec::new();
+    let mut next = 0;
+    for (number, entry) in layout.entries().iter().enumerate().filter(|(_, entry)| entry.trainable) {
+        let whole = entry.offset..entry.offset + entry.len();
+        next += ranges[next..].partition_point(|range| range.end <= whole.start);
+        let parts: Vec<Range<usize>> = ranges[next..]
+            .iter()
+            .take_while(|range| range.start < whole.end)
+            .map(|range| range.start.max(whole.start) - whole.start..range.end.min(whole.end) - whole.start)
+            .filter(|part| !part.is_empty())
+            .collect();
+        if !parts.is_empty() {
+            found.push((number, parts));
+        }
+    }
+    found
 }
 
 /// safetensors' header with its length before it, padded so that the data is aligned. Its bytes follow

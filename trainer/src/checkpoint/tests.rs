@@ -21,12 +21,16 @@ fn arrays(len: usize, salt: f32) -> [Vec<f32>; 4] {
 }
 
 fn save(folder: &Path, step: u64, arrays: &[Vec<f32>; 4], world: usize) {
-    let layout = layout();
-    let dir = begin(folder, step).expect("begun");
     let [model, ema, exp_avg, exp_avg_sq] = arrays;
     let arrays = Arrays { model, ema, exp_avg, exp_avg_sq };
-    let records =
-        (0..world).map(|rank| write_shard(&dir, &layout, &arrays, rank, world).expect("written")).collect();
+    save_parts(folder, step, world, |rank| arrays.parts(rank, world));
+}
+
+fn save_parts<'a>(folder: &Path, step: u64, world: usize, parts: impl Fn(usize) -> Vec<Part<'a>>) {
+    let layout = layout();
+    let dir = begin(folder, step).expect("begun");
+    let write = |rank| write_shard(&dir, &layout, &parts(rank), &[], rank, world).expect("written");
+    let records = (0..world).map(write).collect();
     let progress = Progress { step, samples: step * 8, updates: step, scaler: LossScaler::default() };
     commit(folder, &layout, progress, serde_json::json!({ "train": { "seed": 1 } }), records)
         .expect("committed");
@@ -56,11 +60,45 @@ fn any_world_size_reads_what_any_other_wrote() {
                 let joined: Vec<u32> = (0..readers)
                     .flat_map(|rank| {
                         let range = repa_comm::shard_range(layout().trainable_len(), rank, readers);
-                        checkpoint.read_range(&layout(), array, range).expect("readable")
+                        checkpoint.read_ranges(&layout(), array, &[range]).expect("readable")
                     })
                     .map(f32::to_bits)
                     .collect();
                 assert_eq!(joined, bits(&expected)[number]);
+            }
+        }
+    }
+}
+
+/// As a sharded optimizer keeps its state: every rank a piece of each of several buckets.
+#[test]
+fn what_lies_in_many_pieces_is_put_together_again() {
+    let len = layout().trainable_len();
+    let expected = arrays(len, 0.5);
+    for (step, (world, bucket)) in [(2, 9), (3, 7), (4, 3), (5, 2)].into_iter().enumerate() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let ranges = |rank: usize| -> Vec<std::ops::Range<usize>> {
+            let shard = |begin: usize| {
+                let shard = repa_comm::shard_range(bucket.min(len - begin), rank, world);
+                begin + shard.start..begin + shard.end
+            };
+            (0..len).step_by(bucket).map(shard).filter(|r| !r.is_empty()).collect()
+        };
+        let values: Vec<[Vec<f32>; 4]> = (0..world)
+            .map(|rank| {
+                expected.each_ref().map(|a| ranges(rank).into_iter().flat_map(|r| a[r].to_vec()).collect())
+            })
+            .collect();
+        save_parts(folder.path(), step as u64, world, |rank| {
+            let part = |(array, values)| Part { array, ranges: ranges(rank), values };
+            Array::ALL.into_iter().zip(values[rank].iter().map(Vec::as_slice)).map(part).collect()
+        });
+        let checkpoint = latest(folder.path()).expect("good").0.expect("one");
+        assert_eq!(load(&checkpoint), expected, "{world} ranks, buckets of {bucket}");
+        for rank in 0..world {
+            for (array, values) in Array::ALL.into_iter().zip(&values[rank]) {
+                let read = checkpoint.read_ranges(&layout(), array, &ranges(rank)).expect("readable");
+                assert_eq!(&read, values);
             }
         }
     }

@@ -8,7 +8,7 @@ mod norm;
 
 pub use adamw::AdamW;
 pub use ema::ema_update;
-pub use norm::{clip_coefficient, global_norm, global_norm_of, squared_norm};
+pub use norm::{clip_coefficient, global_norm, squared_norm, squared_norm_of};
 
 /// Elements that one task works on: a few of these arrays fit a core's second-level cache.
 pub(crate) const CHUNK: usize = 1 << 14;

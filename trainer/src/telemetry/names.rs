@@ -28,8 +28,10 @@ pub const STEP_SECONDS: &str = "repa_step_seconds";
 pub const DATA_WAIT_SECONDS: &str = "repa_data_wait_seconds";
 /// Seconds of a step spent in the forward and backward pass.
 pub const COMPUTE_SECONDS: &str = "repa_compute_seconds";
-/// Seconds of a step spent in collectives that the backward pass did not hide, waiting for other ranks included.
+/// Seconds of a step spent in collectives that nothing hid, waiting for other ranks included.
 pub const COMMUNICATION_SECONDS: &str = "repa_communication_seconds";
+/// Seconds that a step's collectives took, behind computation or not.
+pub const COMMUNICATION_BUSY_SECONDS: &str = "repa_communication_busy_seconds";
 /// Seconds of a step spent in clipping, AdamW and EMA.
 pub const OPTIMIZER_SECONDS: &str = "repa_optimizer_seconds";
 /// Seconds that saving a checkpoint took.
@@ -80,7 +82,11 @@ pub fn describe() {
         (COMPUTE_SECONDS, "Part of a step spent in the forward and backward pass"),
         (
             COMMUNICATION_SECONDS,
-            "Part of a step spent in collectives that the backward pass did not hide, waiting for other ranks included",
+            "Part of a step spent in collectives that nothing hid, waiting for other ranks included",
+        ),
+        (
+            COMMUNICATION_BUSY_SECONDS,
+            "Time that a step's collectives took, hidden behind computation or not, waiting for other ranks included",
         ),
         (OPTIMIZER_SECONDS, "Part of a step spent in clipping, AdamW and EMA"),
         (CHECKPOINT_SECONDS, "Duration of saving a checkpoint"),

@@ -35,8 +35,11 @@ pub struct StepRecord {
     pub data_wait_seconds: f64,
     /// Of which forward and backward.
     pub compute_seconds: f64,
-    /// Of which collectives that the backward pass did not hide.
+    /// Of which collectives that nothing hid.
     pub communication_seconds: f64,
+    /// Time that collectives took, hidden or not.
+    #[serde(default)]
+    pub communication_busy_seconds: f64,
     /// Of which clipping, AdamW and EMA.
     pub optimizer_seconds: f64,
 }
@@ -55,6 +58,7 @@ impl StepRecord {
             &mut self.data_wait_seconds,
             &mut self.compute_seconds,
             &mut self.communication_seconds,
+            &mut self.communication_busy_seconds,
             &mut self.optimizer_seconds,
         ] {
             *x = significant(*x);
@@ -78,6 +82,7 @@ impl StepRecord {
         histogram!(names::DATA_WAIT_SECONDS).record(self.data_wait_seconds);
         histogram!(names::COMPUTE_SECONDS).record(self.compute_seconds);
         histogram!(names::COMMUNICATION_SECONDS).record(self.communication_seconds);
+        histogram!(names::COMMUNICATION_BUSY_SECONDS).record(self.communication_busy_seconds);
         histogram!(names::OPTIMIZER_SECONDS).record(self.optimizer_seconds);
     }
 }
@@ -158,6 +163,7 @@ mod tests {
             data_wait_seconds: 0.0,
             compute_seconds: 0.08,
             communication_seconds: 0.01,
+            communication_busy_seconds: 0.03,
             optimizer_seconds: 0.01,
         }
         .rounded()

@@ -7,8 +7,9 @@ use half::f16;
 use repa_comm::{Communicator, ReduceOp};
 use serde::Serialize;
 
-use super::buckets::{Gradients, Plan};
-use super::{Compute, State, TrainError, session};
+use super::buckets::{Exchange, Gradients, Plan};
+use super::update::{self, Control};
+use super::{Compute, Owned, State, TrainError, session};
 use crate::config::Config;
 use crate::data::batch::rank_samples;
 use crate::data::bench::imagenet_spec;
@@ -16,7 +17,6 @@ use crate::data::draws::{Draws, Purpose};
 use crate::data::loader::Batch;
 use crate::data::store::{EncoderSpec, Index, Normalisation, StoreSpec};
 use crate::ops::GradientSink;
-use crate::optim::global_norm_of;
 
 /// Steps before the clock starts.
 const WARM_UP: usize = 2;
@@ -36,7 +36,7 @@ pub struct StepBench {
     pub step_seconds: f64,
     /// Of which forward and backward pass.
     pub compute_seconds: f64,
-    /// Of which sums over the ranks that the backward pass did not hide, waiting for other ranks included.
+    /// Of which collectives that nothing hid, waiting for other ranks included.
     pub exposed_communication_seconds: f64,
     /// Of which clipping, AdamW and EMA.
     pub optimizer_seconds: f64,
@@ -54,26 +54,30 @@ pub fn run(config: &Config, comm: &Arc<dyn Communicator>, steps: usize) -> Resul
     let layout = Arc::new(sit.layout());
     let index = index(config);
     let compute = Compute::new(config, &layout, &index, &device);
-    let mut state = State::new(&layout, config.train.seed);
-    let mut gradients = Gradients::new(Plan::new(&sit, &layout, config.comm.bucket_mib << 20));
+    comm.set_hierarchical(config.comm.hierarchical);
+    let plan = Plan::new(&sit, &layout, config.comm.bucket_mib << 20);
+    let mut gradients = Gradients::new(plan, Exchange::new(config), comm.as_ref());
+    let owned = Owned::new(gradients.owned().iter().cloned());
+    let mut state = State::new(&layout, config.train.seed, owned);
     let batch = batch(config, &index, comm.as_ref());
     let mut times: [Vec<f64>; 4] = Default::default();
     for step in 0..WARM_UP + steps {
         comm.barrier()?;
         let begin = Instant::now();
         let scale = state.loss_scale(config);
-        let collector = gradients.collect(comm, config.comm.overlap);
+        let collector = gradients.collect(comm);
         let sink: Arc<dyn GradientSink> = collector.clone();
-        compute.gradients(&state.params, &batch, scale, &sink);
+        let losses = compute.gradients(&state.params, &batch, scale, &sink);
         let computed = begin.elapsed();
         collector.finish(&mut gradients)?;
+        let mine = Control { denoising: losses.denoising, alignment: losses.alignment, asked: 0.0 };
+        let (_, norm) = update::agree(mine, &gradients, scale, comm.as_ref())?;
         let summed = begin.elapsed();
-        let pieces = gradients.pieces();
-        let norm = global_norm_of(pieces.iter().map(|(_, values)| *values)) / f64::from(scale);
-        state.advance(config, &pieces, norm);
+        let (_, waited) = update::step(&mut state, &mut gradients, norm, config, comm.as_ref())?;
         let all = begin.elapsed();
         if step >= WARM_UP {
-            for (list, time) in times.iter_mut().zip([all, computed, summed - computed, all - summed]) {
+            let parts = [all, computed, summed - computed + waited, all - summed - waited];
+            for (list, time) in times.iter_mut().zip(parts) {
                 list.push(time.as_secs_f64());
             }
         }

@@ -10,10 +10,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use repa_comm::{Background, CommError, Communicator, Pending, Phases, Wire};
 
+use super::state::Update;
+use crate::config::{Config, Sharding};
 use crate::model::SitConfig;
 use crate::ops::GradientSink;
 use crate::optim::CHUNK;
 use crate::params::Layout;
+use crate::train;
 
 /// How the flat array is cut.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,29 +63,62 @@ impl Plan {
     }
 }
 
+/// How gradients are summed over the ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Exchange {
+    /// Buckets are summed as the backward pass completes them, else all at its end.
+    pub overlap: bool,
+    /// How gradients travel.
+    pub wire: Wire,
+    /// Every rank gets the sums of its shard of each bucket only.
+    pub sharded: bool,
+}
+
+impl Exchange {
+    /// As configured.
+    pub fn new(config: &Config) -> Self {
+        let sharded = config.optimizer.sharding == Sharding::Zero1;
+        Self { overlap: config.comm.overlap, wire: config.comm.wire, sharded }
+    }
+}
+
 /// A step's gradients: one array a bucket.
 #[derive(Debug)]
 pub struct Gradients {
     plan: Arc<Plan>,
+    exchange: Exchange,
     data: Vec<Vec<f32>>,
+    /// The part of each bucket, as a range of the flat array, whose sums this rank gets.
+    owned: Vec<Range<usize>>,
 }
 
 impl Gradients {
     /// Zeros.
     #[must_use]
-    pub fn new(plan: Plan) -> Self {
+    pub fn new(plan: Plan, exchange: Exchange, comm: &dyn Communicator) -> Self {
         let data = plan.ranges.iter().map(|range| vec![0.0; range.len()]).collect();
-        Self { plan: Arc::new(plan), data }
+        Self { owned: owned(&plan, exchange, |len| comm.shard(len)), plan: Arc::new(plan), exchange, data }
     }
 
-    /// Each bucket's range of the flat array, and its values.
-    pub fn pieces(&self) -> Vec<(Range<usize>, &[f32])> {
-        self.plan.ranges.iter().cloned().zip(self.data.iter().map(Vec::as_slice)).collect()
+    /// Whether every rank gets the sums of its part only.
+    pub fn sharded(&self) -> bool {
+        self.exchange.sharded
+    }
+
+    /// The parts of the flat array whose sums this rank gets, in ascending order.
+    pub fn owned(&self) -> &[Range<usize>] {
+        &self.owned
+    }
+
+    /// Each owned part of the flat array, and its sums.
+    pub fn pieces(&self) -> impl Iterator<Item = (Range<usize>, &[f32])> {
+        self.plan.ranges.iter().zip(&self.owned).zip(&self.data).map(|((bucket, owned), data)| {
+            (owned.clone(), &data[owned.start - bucket.start..owned.end - bucket.start])
+        })
     }
 
     /// Begins a step: what the sink is given becomes the gradients that [`Collector::finish`] returns here.
-    /// With `overlap`, buckets are summed as they are completed, else all at the end.
-    pub fn collect(&mut self, comm: &Arc<dyn Communicator>, overlap: bool) -> Arc<Collector> {
+    pub fn collect(&mut self, comm: &Arc<dyn Communicator>) -> Arc<Collector> {
         let buckets = std::mem::take(&mut self.data)
             .into_iter()
             .map(|data| Bucket { missing: data.len(), data: State::Filling(data) })
@@ -97,17 +133,69 @@ impl Gradients {
         Arc::new(Collector {
             plan: Arc::clone(&self.plan),
             comm: Arc::clone(comm),
-            overlap,
+            exchange: self.exchange,
             filling: Mutex::new(filling),
         })
     }
+
+    /// Moves the weights by `update`. With a sharded optimizer each bucket's new weights go to all ranks while the
+    /// next one's are computed; they are not complete before [`Gradients::complete`].
+    pub fn apply(
+        &mut self,
+        update: &Update,
+        state: &mut train::State,
+        comm: &dyn Communicator,
+    ) -> Vec<Pending<Vec<f32>>> {
+        let mut travelling = Vec::new();
+        for (number, bucket) in self.plan.ranges.iter().enumerate() {
+            let owned = &self.owned[number];
+            let local = owned.start - bucket.start..owned.end - bucket.start;
+            if !local.is_empty() {
+                state.apply(update, owned, &self.data[number][local.clone()]);
+            }
+            if self.exchange.sharded {
+                // The gradients have done their work; the new weights take their place.
+                let mut values = std::mem::take(&mut self.data[number]);
+                values[local].copy_from_slice(&state.params[owned.clone()]);
+                let how = Background { phases: Phases::Gather, wire: Wire::F32, bucket: number };
+                travelling.push(comm.start_f32(values, how));
+            }
+        }
+        travelling
+    }
+
+    /// Waits for the weights that [`Gradients::apply`] sent around.
+    ///
+    /// # Errors
+    /// The ranks could not talk.
+    pub fn complete(
+        &mut self,
+        travelling: Vec<Pending<Vec<f32>>>,
+        params: &mut [f32],
+    ) -> Result<(), CommError> {
+        for (number, pending) in travelling.into_iter().enumerate() {
+            let values = pending.wait()?;
+            params[self.plan.ranges[number].clone()].copy_from_slice(&values);
+            self.data[number] = values;
+        }
+        Ok(())
+    }
+}
+
+/// The part of each bucket whose sums a rank gets: all of it, or its shard, which `shard` gives for a length.
+pub fn owned(plan: &Plan, exchange: Exchange, shard: impl Fn(usize) -> Range<usize>) -> Vec<Range<usize>> {
+    let part = |bucket: &Range<usize>| {
+        let shard = shard(bucket.len());
+        bucket.start + shard.start..bucket.start + shard.end
+    };
+    plan.ranges.iter().map(|bucket| if exchange.sharded { part(bucket) } else { bucket.clone() }).collect()
 }
 
 /// Takes a step's gradients from the backward pass.
 pub struct Collector {
     plan: Arc<Plan>,
     comm: Arc<dyn Communicator>,
-    overlap: bool,
+    exchange: Exchange,
     filling: Mutex<Filling>,
 }
 
@@ -171,12 +259,13 @@ impl Collector {
     fn launch(&self, filling: &mut Filling, all: bool) {
         while let Some(&number) = self.plan.order.get(filling.next) {
             let bucket = &mut filling.buckets[number];
-            if !all && (!self.overlap || bucket.missing > 0) {
+            if !all && (!self.exchange.overlap || bucket.missing > 0) {
                 return;
             }
             bucket.data = match std::mem::replace(&mut bucket.data, State::Moved) {
                 State::Filling(data) => {
-                    let (phases, wire) = (Phases::ReduceAndGather, Wire::F32);
+                    let Exchange { sharded, wire, .. } = self.exchange;
+                    let phases = if sharded { Phases::Reduce } else { Phases::ReduceAndGather };
                     let how = Background { phases, wire, bucket: number };
                     State::Travelling(self.comm.start_f32(data, how))
                 }
@@ -312,10 +401,11 @@ mod tests {
     fn parts_of_a_batch_add_up_and_what_has_no_gradient_is_zero() {
         let (sit, layout) = (sit(), sit().layout());
         let comm: Arc<dyn Communicator> = Arc::new(Single::new());
-        let mut gradients = Gradients::new(Plan::new(&sit, &layout, 100_000));
         let entries: Vec<_> = layout.entries().iter().filter(|e| e.trainable).collect();
-        for overlap in [true, false, true] {
-            let collector = gradients.collect(&comm, overlap);
+        for overlap in [true, false] {
+            let exchange = Exchange { overlap, wire: Wire::F32, sharded: overlap };
+            let mut gradients = Gradients::new(Plan::new(&sit, &layout, 100_000), exchange, comm.as_ref());
+            let collector = gradients.collect(&comm);
             for part in 0..3 {
                 if part == 2 {
                     collector.last_part();
@@ -325,8 +415,7 @@ mod tests {
                 }
             }
             assert!(collector.finish(&mut gradients).unwrap());
-            let flat: Vec<f32> =
-                gradients.pieces().iter().flat_map(|(_, values)| values.iter().copied()).collect();
+            let flat: Vec<f32> = gradients.pieces().flat_map(|(_, values)| values.iter().copied()).collect();
             assert_eq!(flat.len(), layout.trainable_len());
             for (i, entry) in entries.iter().enumerate() {
                 let expected = if i == 0 { 0.0 } else { (30 * i + 3) as f32 };
@@ -340,10 +429,11 @@ mod tests {
     fn a_gradient_that_is_not_finite_is_noticed() {
         let (sit, layout) = (sit(), sit().layout());
         let comm: Arc<dyn Communicator> = Arc::new(Single::new());
-        let mut gradients = Gradients::new(Plan::new(&sit, &layout, 1 << 20));
+        let exchange = Exchange { overlap: true, wire: Wire::F32, sharded: false };
+        let mut gradients = Gradients::new(Plan::new(&sit, &layout, 1 << 20), exchange, comm.as_ref());
         let entry = layout.entries().iter().find(|e| e.trainable).unwrap();
         for (value, finite) in [(1.0, true), (f32::NAN, false), (f32::INFINITY, false)] {
-            let collector = gradients.collect(&comm, true);
+            let collector = gradients.collect(&comm);
             collector.last_part();
             let mut values = vec![0.5; entry.len()];
             values[3] = value;

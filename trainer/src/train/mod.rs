@@ -11,6 +11,7 @@ mod saving;
 mod session;
 mod state;
 mod stop;
+mod update;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,16 +23,17 @@ pub use error::TrainError;
 pub use folder::{RunFolder, checkpoints, targets};
 pub use inputs::Inputs;
 pub use session::{device, use_threads};
-pub use state::State;
+pub use state::{Owned, State};
 pub use stop::StopRequest;
 
 use crate::config::{Config, Loaded};
 use crate::exit::Outcome;
 use crate::ops::GradientSink;
-use crate::optim::global_norm_of;
 use crate::telemetry::record::StepRecord;
-use session::Session;
-use state::Step;
+use buckets::{Exchange, Gradients, Plan};
+use session::{Model, Session};
+use state::Skipped;
+use update::Control;
 
 /// Trains to `train.steps`, or until a stop is asked for. Called by all ranks.
 ///
@@ -85,8 +87,13 @@ fn begin(loaded: &Loaded, comm: &dyn Communicator, stop: &mut StopRequest) -> Re
     let claimed = if comm.rank() == 0 { saving::claim(loaded, comm, stop).map(Some) } else { Ok(None) };
     let claimed = agree(comm, claimed)?;
     let (folder, found) = claimed.map_or((None, None), |(folder, found)| (Some(folder), found));
-    let state = saving::restore(config, comm, found)?;
-    let session = agree(comm, Session::open(config, comm, &data, &device, state, folder))?;
+    comm.set_hierarchical(config.comm.hierarchical);
+    let layout = Arc::new(config.sit().layout());
+    let plan = Plan::new(&config.sit(), &layout, config.comm.bucket_mib << 20);
+    let gradients = Gradients::new(plan, Exchange::new(config), comm);
+    let state = saving::restore(config, comm, found, &layout, Owned::new(gradients.owned().iter().cloned()))?;
+    let model = Model { layout, gradients, state };
+    let session = agree(comm, Session::open(config, comm, &data, &device, model, folder))?;
     agree(comm, session.announce(config, comm))?;
     Ok(session)
 }
@@ -106,11 +113,13 @@ impl Session {
         stop: &StopRequest,
     ) -> Result<bool, TrainError> {
         let started = Instant::now();
+        comm.set_step(self.state.step + 1);
         let (batch, data_wait) = self.feed.next()?;
 
         let computing = Instant::now();
         let scale = self.state.loss_scale(config);
-        let collector = self.gradients.collect(comm, config.comm.overlap);
+        let talked = comm.traffic().busy;
+        let collector = self.gradients.collect(comm);
         let sink: Arc<dyn GradientSink> = collector.clone();
         let losses = self.compute.gradients(&self.state.params, &batch, scale, &sink);
         let compute = computing.elapsed();
@@ -119,21 +128,19 @@ impl Session {
         let talking = Instant::now();
         let finite = collector.finish(&mut self.gradients)?;
         let asked = f64::from(u8::from(stop.requested()));
-        let mut control = [losses.denoising, losses.alignment, asked];
-        comm.all_reduce_f64(&mut control, ReduceOp::Sum)?;
-        let communication = talking.elapsed();
+        let mine = Control { denoising: losses.denoising, alignment: losses.alignment, asked };
+        let (control, norm) = update::agree(mine, &self.gradients, scale, comm.as_ref())?;
+        let exposed = talking.elapsed();
 
         let optimizing = Instant::now();
-        let pieces = self.gradients.pieces();
-        let norm = global_norm_of(pieces.iter().map(|(_, values)| *values)) / f64::from(scale);
         let learning_rate = self.state.learning_rate(config);
-        let step = self.state.advance(config, &pieces, norm);
-        self.count_skips(config, comm.as_ref(), step, finite)?;
-        let optimizer = optimizing.elapsed();
+        let (skipped, waited) =
+            update::step(&mut self.state, &mut self.gradients, norm, config, comm.as_ref())?;
+        self.count_skips(config, comm.as_ref(), skipped, finite)?;
+        let optimizer = optimizing.elapsed() - waited;
 
         let samples = config.train.global_batch as f64;
-        let [denoising, alignment, asked] = control;
-        let (denoising, alignment) = (denoising / samples, alignment / samples);
+        let (denoising, alignment) = (control.denoising / samples, control.alignment / samples);
         let seconds = started.elapsed().as_secs_f64();
         let record = StepRecord {
             step: self.state.step,
@@ -141,18 +148,19 @@ impl Session {
             denoising_loss: denoising,
             alignment_loss: alignment,
             grad_norm: norm,
-            skipped: step != Step::Taken,
+            skipped: skipped.is_some(),
             learning_rate,
             images_per_second: samples / seconds,
             step_seconds: seconds,
             data_wait_seconds: data_wait.as_secs_f64(),
             compute_seconds: compute.as_secs_f64(),
-            communication_seconds: communication.as_secs_f64(),
+            communication_seconds: (exposed + waited).as_secs_f64(),
+            communication_busy_seconds: (comm.traffic().busy - talked).as_secs_f64(),
             optimizer_seconds: optimizer.as_secs_f64(),
         };
         self.tell(&record.rounded(), batch.len(), config)?;
         self.feed.recycle(batch);
-        Ok(asked > 0.0)
+        Ok(control.asked > 0.0)
     }
 
     /// Ends the run after too many steps in a row whose gradient was not finite for no good reason.
@@ -160,10 +168,10 @@ impl Session {
         &mut self,
         config: &Config,
         comm: &dyn Communicator,
-        step: Step,
+        skipped: Option<Skipped>,
         own_is_finite: bool,
     ) -> Result<(), TrainError> {
-        if step != Step::NotFinite {
+        if skipped != Some(Skipped::NotFinite) {
             self.skipped_in_a_row = 0;
             return Ok(());
         }

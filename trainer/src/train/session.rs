@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use repa_comm::Communicator;
 
-use super::buckets::{Gradients, Plan};
+use super::buckets::Gradients;
 use super::feed::{Data, Feed};
 use super::folder::{self, RunFolder};
 use super::{Compute, State, TrainError};
@@ -16,6 +16,13 @@ use crate::params::Layout;
 use crate::telemetry::exporter::{self, Identity};
 use crate::telemetry::progress::Progress;
 use crate::telemetry::record::{RunLog, StepRecord, log_path};
+
+/// What is trained, and how.
+pub(super) struct Model {
+    pub(super) layout: Arc<Layout>,
+    pub(super) gradients: Gradients,
+    pub(super) state: State,
+}
 
 /// One rank's part of a run.
 pub(super) struct Session {
@@ -41,16 +48,16 @@ pub(super) struct Lead {
 }
 
 impl Session {
-    /// Sets up a rank that begins with `state`. `folder` is rank 0's.
+    /// Sets up a rank that begins with `model`. `folder` is rank 0's.
     pub(super) fn open(
         config: &Config,
         comm: &dyn Communicator,
         data: &Data,
         device: &Device,
-        state: State,
+        model: Model,
         folder: Option<RunFolder>,
     ) -> Result<Self, TrainError> {
-        let layout = Arc::new(config.sit().layout());
+        let Model { layout, gradients, state } = model;
         let plan = LoaderPlan {
             seed: config.train.seed,
             start_sample: state.step * config.train.global_batch as u64,
@@ -85,7 +92,7 @@ impl Session {
             .transpose()?;
         Ok(Self {
             compute: Compute::new(config, &layout, data.index(), device),
-            gradients: Gradients::new(Plan::new(&config.sit(), &layout, config.comm.bucket_mib << 20)),
+            gradients,
             feed: data.feed(plan)?,
             skipped_in_a_row: 0,
             first_skipped: (0, 0),

@@ -7,6 +7,63 @@ use crate::objective::LossScaler;
 use crate::optim::{AdamW, clip_coefficient, ema_update};
 use crate::params::Layout;
 
+/// The parts of the flat array whose optimizer state a rank keeps: everything, or with a sharded optimizer its shard
+/// of every bucket.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Owned {
+    ranges: Vec<Range<usize>>,
+    /// Where each begins in the rank's own arrays.
+    starts: Vec<usize>,
+    len: usize,
+}
+
+impl Owned {
+    /// These ranges, ascending and apart.
+    pub fn new(ranges: impl IntoIterator<Item = Range<usize>>) -> Self {
+        let mut owned = Self { ranges: Vec::new(), starts: Vec::new(), len: 0 };
+        for range in ranges.into_iter().filter(|range| !range.is_empty()) {
+            owned.len += range.len();
+            match owned.ranges.last_mut() {
+                Some(last) if last.end == range.start => last.end = range.end,
+                _ => {
+                    owned.starts.push(owned.len - range.len());
+                    owned.ranges.push(range);
+                }
+            }
+        }
+        owned
+    }
+
+    /// The ranges, neighbours joined.
+    pub fn ranges(&self) -> &[Range<usize>] {
+        &self.ranges
+    }
+
+    /// Elements in all of them.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Where the rank's own arrays hold a range of the flat array that is part of one of the owned ones.
+    pub fn local(&self, range: &Range<usize>) -> Range<usize> {
+        let number = self.ranges.partition_point(|owned| owned.end <= range.start);
+        let start = self.starts[number] + range.start - self.ranges[number].start;
+        start..start + range.len()
+    }
+
+    /// The owned elements of a whole array.
+    fn of(&self, whole: &[f32]) -> Vec<f32> {
+        let mut own = Vec::with_capacity(self.len);
+        self.ranges.iter().for_each(|range| own.extend_from_slice(&whole[range.clone()]));
+        own
+    }
+}
+
 /// Flat arrays in layout order, and where the run stands.
 #[derive(Debug, Clone, PartialEq)]
 pub struct State {
@@ -14,23 +71,31 @@ pub struct State {
     pub step: u64,
     /// Steps that AdamW has made; its bias correction counts these.
     pub updates: u64,
-    /// Weights.
+    /// Weights, all of them.
     pub params: Vec<f32>,
-    /// Moving average of the weights.
+    /// What the next three hold.
+    pub owned: Owned,
+    /// Moving average of the owned weights.
     pub ema: Vec<f32>,
-    /// AdamW's first moment.
+    /// AdamW's first moment of the owned weights.
     pub exp_avg: Vec<f32>,
-    /// AdamW's second moment.
+    /// AdamW's second moment of the owned weights.
     pub exp_avg_sq: Vec<f32>,
     /// Loss scaling of float16.
     pub scaler: LossScaler,
 }
 
-/// What became of a step's gradient.
+/// A step that is being taken.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Update {
+    adamw: AdamW,
+    grad_scale: f32,
+    ema_decay: f64,
+}
+
+/// Why a step left the weights as they were.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Step {
-    /// The weights moved.
-    Taken,
+pub(super) enum Skipped {
     /// The gradient overflowed while the loss scale is still being found.
     Overflowed,
     /// The gradient was not finite, for no such reason.
@@ -38,14 +103,15 @@ pub(super) enum Step {
 }
 
 impl State {
-    /// The state before the first step.
-    pub fn new(layout: &Layout, seed: u64) -> Self {
+    /// The state before the first step, of a rank that keeps the optimizer's state of `owned`.
+    pub fn new(layout: &Layout, seed: u64, owned: Owned) -> Self {
         let params = layout.initial_values(seed);
-        let zeros = vec![0.0; params.len()];
+        let zeros = vec![0.0; owned.len()];
         Self {
             step: 0,
             updates: 0,
-            ema: params.clone(),
+            ema: owned.of(&params),
+            owned,
             params,
             exp_avg: zeros.clone(),
             exp_avg_sq: zeros,
@@ -65,20 +131,18 @@ impl State {
         optimizer.learning_rate * warm.min(1.0)
     }
 
-    /// Takes a step by the all-reduced gradients, in pieces of the flat array, which carry
-    /// [`State::loss_scale`]; `norm` is theirs without it. A gradient that is not finite moves nothing.
-    pub(super) fn advance(
-        &mut self,
-        config: &Config,
-        gradients: &[(Range<usize>, &[f32])],
-        norm: f64,
-    ) -> Step {
+    /// Begins a step by gradients that carry [`State::loss_scale`]; `norm` is theirs without it. A gradient that is
+    /// not finite moves nothing.
+    ///
+    /// # Errors
+    /// Why the step is left out.
+    pub(super) fn begin(&mut self, config: &Config, norm: f64) -> Result<Update, Skipped> {
         let scaling = config.train.precision.needs_loss_scaling();
         let (scale, learning_rate) = (self.loss_scale(config), self.learning_rate(config));
         self.step += 1;
         if !norm.is_finite() {
             let expected = scaling && self.scaler.record_overflow();
-            return if expected { Step::Overflowed } else { Step::NotFinite };
+            return Err(if expected { Skipped::Overflowed } else { Skipped::NotFinite });
         }
         if scaling {
             self.scaler.record_success();
@@ -93,18 +157,30 @@ impl State {
         };
         let grad_scale = clip_coefficient(norm, optimizer.max_grad_norm) / scale;
         self.updates += 1;
-        for (range, gradients) in gradients {
-            adamw.step(
-                self.updates,
-                &mut self.params[range.clone()],
-                gradients,
-                grad_scale,
-                &mut self.exp_avg[range.clone()],
-                &mut self.exp_avg_sq[range.clone()],
-            );
+        Ok(Update { adamw, grad_scale, ema_decay: optimizer.ema_decay })
+    }
+
+    /// Moves the weights of an owned range by their gradients.
+    pub(super) fn apply(&mut self, update: &Update, range: &Range<usize>, gradients: &[f32]) {
+        let local = self.owned.local(range);
+        update.adamw.step(
+            self.updates,
+            &mut self.params[range.clone()],
+            gradients,
+            update.grad_scale,
+            &mut self.exp_avg[local.clone()],
+            &mut self.exp_avg_sq[local],
+        );
+    }
+
+    /// Takes the moved weights into their average.
+    pub(super) fn average(&mut self, update: &Update) {
+        let mut rest = &mut self.ema[..];
+        for range in &self.owned.ranges {
+            let (ema, after) = rest.split_at_mut(range.len());
+            ema_update(ema, &self.params[range.clone()], update.ema_decay);
+            rest = after;
         }
-        ema_update(&mut self.ema, &self.params, optimizer.ema_decay);
-        Step::Taken
     }
 }
 
@@ -119,16 +195,34 @@ mod tests {
         config.train.precision = precision;
         let mut layout = Layout::default();
         layout.add("w", &[3], Init::Ones);
-        (config, State::new(&layout, 0))
+        (config, State::new(&layout, 0, Owned::new([0..3])))
+    }
+
+    fn advance(state: &mut State, config: &Config, gradients: &[f32], norm: f64) -> Result<(), Skipped> {
+        let update = state.begin(config, norm)?;
+        state.apply(&update, &(0..3), gradients);
+        state.average(&update);
+        Ok(())
+    }
+
+    #[test]
+    fn neighbours_are_joined_and_every_element_has_its_place() {
+        let owned = Owned::new([2..5, 5..5, 5..7, 10..11, 20..24]);
+        assert_eq!((owned.ranges(), owned.len()), (&[2..7, 10..11, 20..24][..], 10));
+        assert_eq!(owned.local(&(5..7)), 3..5);
+        assert_eq!(owned.local(&(21..24)), 7..10);
+        let whole: Vec<f32> = (0..30).map(|i| i as f32).collect();
+        assert_eq!(owned.of(&whole), [2.0, 3.0, 4.0, 5.0, 6.0, 10.0, 20.0, 21.0, 22.0, 23.0]);
     }
 
     #[test]
     fn a_gradient_that_is_not_finite_moves_nothing() {
         let (config, mut state) = start(Precision::F32);
         let before = state.clone();
-        assert_eq!(state.advance(&config, &[(0..3, &[1.0, f32::NAN, 0.0])], f64::NAN), Step::NotFinite);
+        let outcome = advance(&mut state, &config, &[1.0, f32::NAN, 0.0], f64::NAN);
+        assert_eq!(outcome, Err(Skipped::NotFinite));
         assert_eq!(state, State { step: 1, ..before });
-        assert_eq!(state.advance(&config, &[(0..3, &[1.0, 2.0, 2.0])], 3.0), Step::Taken);
+        assert_eq!(advance(&mut state, &config, &[1.0, 2.0, 2.0], 3.0), Ok(()));
         assert!(state.params.iter().all(|&w| w < 1.0) && state.updates == 1);
     }
 
@@ -139,15 +233,13 @@ mod tests {
         let scale = state.loss_scale(&config);
         assert_eq!(scale, 65_536.0);
         let before = state.params.clone();
-        assert_eq!(
-            state.advance(&config, &[(0..3, &[f32::INFINITY, 0.0, 0.0])], f64::INFINITY),
-            Step::Overflowed
-        );
+        let outcome = advance(&mut state, &config, &[f32::INFINITY, 0.0, 0.0], f64::INFINITY);
+        assert_eq!(outcome, Err(Skipped::Overflowed));
         assert_eq!(state.params, before);
         assert_eq!(state.loss_scale(&config), scale / 2.0);
         // Gradients carry the scale; what reaches AdamW does not.
         let scaled: Vec<f32> = [0.1f32, -0.2, 0.0].iter().map(|g| g * scale / 2.0).collect();
-        assert_eq!(state.advance(&config, &[(0..3, &scaled)], 0.05f64.sqrt()), Step::Taken);
+        assert_eq!(advance(&mut state, &config, &scaled, 0.05f64.sqrt()), Ok(()));
         assert!((state.exp_avg[0] - 0.01).abs() < 1e-6 && (state.exp_avg[1] + 0.02).abs() < 1e-6);
     }
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::source::{Foreign, Moments, Slot};
 use super::{ReferenceError, infer};
-use crate::checkpoint::{Array, Arrays, Frozen, Progress, begin, commit, list, write_shard_with};
+use crate::checkpoint::{Array, Arrays, Frozen, Progress, begin, commit, list, write_shard};
 use crate::config::Config;
 use crate::objective::LossScaler;
 use crate::params::{Entry, Layout};
@@ -111,7 +111,7 @@ pub fn import(
         .map(|(array, number, values)| Frozen { array: *array, number: *number, values })
         .collect();
     let dir = begin(folder, progress.step)?;
-    let record = write_shard_with(&dir, &layout, &arrays, &frozen, 0, 1)?;
+    let record = write_shard(&dir, &layout, &arrays.parts(0, 1), &frozen, 0, 1)?;
     let json = serde_json::to_value(&config).expect("the configuration serialises");
     let path = commit(folder, &layout, progress, json, vec![record])?;
     Ok(Imported { path, progress, config, assumed })

@@ -286,7 +286,9 @@ fn weights_alone_carry_the_reference_names_and_the_frozen_ones() {
     let (model, ema, zeros) = (flat(0.5), flat(0.25), vec![0.0; layout.trainable_len()]);
     let arrays = Arrays { model: &model, ema: &ema, exp_avg: &zeros, exp_avg_sq: &zeros };
     let dir = begin(folder.path(), 9).expect("begun");
-    let records = (0..3).map(|rank| write_shard(&dir, &layout, &arrays, rank, 3).expect("written")).collect();
+    let records = (0..3)
+        .map(|rank| write_shard(&dir, &layout, &arrays.parts(rank, 3), &[], rank, 3).expect("written"))
+        .collect();
     let progress = Progress { step: 9, samples: 0, updates: 9, scaler: LossScaler::default() };
     let json = serde_json::to_value(&config).expect("JSON");
     let saved = commit(folder.path(), &layout, progress, json, records).expect("committed");
