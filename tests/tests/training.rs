@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use repa_trainer::checkpoint::{self, Array};
+use repa_trainer::checkpoint::{Array, Checkpoints};
 use repa_trainer::config::Config;
 
 use repa_tests::{Running, log, loss_difference, mpirun, repa_dist, small_model, small_store};
@@ -85,7 +85,8 @@ fn the_same_layout_gives_the_same_bits_also_when_stopped_and_resumed() {
 
 /// Weights, average and moments of a run's newest checkpoint.
 fn learned(run: &Path) -> Vec<Vec<u32>> {
-    let found = checkpoint::latest(&run.join("checkpoints")).expect("readable").0.expect("a checkpoint");
+    let found = Checkpoints::at(&run.join("checkpoints")).latest().expect("readable");
+    let found = found.checkpoint.expect("a checkpoint");
     let config: Config = serde_json::from_value(found.manifest().config.clone()).expect("a configuration");
     let layout = config.sit().layout();
     let bits = |array| found.read(&layout, array).expect("readable").into_iter().map(f32::to_bits).collect();

@@ -101,9 +101,9 @@ impl Generator {
         let (flat, step) = match which {
             Which::Initial => (layout.initial_values(config.train.seed), 0),
             Which::Ema | Which::Model => {
-                let folder = crate::train::checkpoints(&config.run.dir);
-                let checkpoint = checkpoint::latest(&folder)?
-                    .0
+                let checkpoint = crate::train::checkpoints(config)
+                    .latest()?
+                    .checkpoint
                     .ok_or_else(|| GenerateError::NoCheckpoint { path: config.run.dir.clone() })?;
                 let array =
                     if which == Which::Ema { checkpoint::Array::Ema } else { checkpoint::Array::Model };

@@ -5,10 +5,10 @@ use std::time::SystemTime;
 
 use clap::{Args, Subcommand};
 use repa_trainer::checkpoint::reference::{self, Contents, Options, ReferenceError};
-use repa_trainer::checkpoint::{Checkpoint, latest, list};
+use repa_trainer::checkpoint::{Checkpoint, diff, split};
 use repa_trainer::exit::Kind;
 use repa_trainer::telemetry::progress::duration;
-use repa_trainer::train::{RunFolder, checkpoints};
+use repa_trainer::train::{RunFolder, checkpoints_of};
 
 use super::bar;
 use crate::exit::{Failure, Outcome};
@@ -38,6 +38,8 @@ enum Command {
     },
     /// Write a checkpoint's weights as safetensors, under the reference's parameter names
     Export(Export),
+    /// Say which tensors of two checkpoints differ, and by how much
+    Diff(Diff),
     /// Make a checkpoint of the reference's train.py (.pt), or an export with --all, the first checkpoint
     /// of a new run
     Import(Import),
@@ -76,6 +78,22 @@ struct Which {
 }
 
 #[derive(Debug, Args)]
+struct Diff {
+    /// A checkpoint's folder (step-N), or a run folder, whose newest good one is taken
+    #[arg(value_name = "A")]
+    first: PathBuf,
+    /// The other
+    #[arg(value_name = "B")]
+    second: PathBuf,
+    /// Tell all tensors that differ, not the ten that differ most
+    #[arg(long)]
+    all: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
 struct Import {
     /// The file
     #[arg(value_name = "FILE")]
@@ -96,6 +114,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
         Command::List { run, json } => show(run, *json),
         Command::Verify { path } => verify(path),
         Command::Export(arguments) => export(arguments),
+        Command::Diff(arguments) => compare(arguments),
         Command::Import(arguments) => import(arguments),
     }
 }
@@ -109,10 +128,12 @@ fn failure(error: ReferenceError) -> Failure {
 }
 
 fn show(run: &Path, json: bool) -> Result<Outcome, Failure> {
-    let listed = list(&checkpoints(run))?;
+    let checkpoints = checkpoints_of(run);
+    let listed = checkpoints.list()?;
     let mut rows = Vec::new();
-    for (step, path) in &listed.steps {
-        let row = match Checkpoint::open(path) {
+    for &step in &listed.steps {
+        let path = &checkpoints.path(step);
+        let row = match checkpoints.open(step) {
             Ok(checkpoint) => serde_json::json!({
                 "step": step,
                 "state": "complete",
@@ -120,6 +141,7 @@ fn show(run: &Path, json: bool) -> Result<Outcome, Failure> {
                 "age_seconds": age(path),
                 "world_size": checkpoint.manifest().world_size,
                 "samples": checkpoint.progress().samples,
+                "metrics": checkpoint.manifest().metrics,
                 "path": path,
             }),
             Err(error) => serde_json::json!({
@@ -132,12 +154,10 @@ fn show(run: &Path, json: bool) -> Result<Outcome, Failure> {
         };
         rows.push(row);
     }
-    rows.extend(
-        listed
-            .unfinished
-            .iter()
-            .map(|path| serde_json::json!({ "state": "unfinished", "age_seconds": age(path), "path": path })),
-    );
+    rows.extend(listed.unfinished.iter().map(|entry| {
+        let path = checkpoints.location().join(entry);
+        serde_json::json!({ "state": "unfinished", "age_seconds": age(&path), "path": path })
+    }));
     if json {
         println!("{:#}", serde_json::Value::Array(rows));
         return Ok(Outcome::Done);
@@ -146,7 +166,7 @@ fn show(run: &Path, json: bool) -> Result<Outcome, Failure> {
         println!("{} holds no checkpoints", run.display());
         return Ok(Outcome::Done);
     }
-    println!("{:>10}  {:>10}  {:>12}  {:>5}  state", "step", "size", "age", "ranks");
+    println!("{:>10}  {:>10}  {:>12}  {:>5}  {:>8}  state", "step", "size", "age", "ranks", "loss");
     for row in &rows {
         let number = |key: &str| row[key].as_u64().map_or("-".to_owned(), |n| n.to_string());
         let size = row["bytes"].as_u64().map_or("-".to_owned(), |n| format!("{:.1} MB", n as f64 / 1e6));
@@ -161,7 +181,9 @@ fn show(run: &Path, json: bool) -> Result<Outcome, Failure> {
             }
             _ => "complete".to_owned(),
         };
-        println!("{:>10}  {size:>10}  {age:>12}  {:>5}  {state}", number("step"), number("world_size"));
+        let loss = row["metrics"]["loss"].as_f64().map_or("-".to_owned(), |loss| format!("{loss:.4}"));
+        let (step, ranks) = (number("step"), number("world_size"));
+        println!("{step:>10}  {size:>10}  {age:>12}  {ranks:>5}  {loss:>8}  {state}");
     }
     Ok(Outcome::Done)
 }
@@ -173,11 +195,11 @@ fn age(path: &Path) -> Option<f64> {
 }
 
 fn verify(path: &Path) -> Result<Outcome, Failure> {
-    let step = path.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with("step-"));
-    let paths = if step || path.join("manifest.json").exists() {
+    let paths = if split(path).is_some() {
         vec![path.to_owned()]
     } else {
-        list(&checkpoints(path))?.steps.into_iter().map(|(_, path)| path).collect()
+        let checkpoints = checkpoints_of(path);
+        checkpoints.list()?.steps.into_iter().map(|step| checkpoints.path(step)).collect()
     };
     if paths.is_empty() {
         return Err(Failure::data(format!("{} holds no checkpoints", path.display())));
@@ -222,9 +244,9 @@ fn export(arguments: &Export) -> Result<Outcome, Failure> {
     let checkpoint = match &arguments.checkpoint {
         Some(path) => Checkpoint::open(path)?,
         None => {
-            let (found, passed_over) = latest(&checkpoints(&arguments.run))?;
-            passed_over.iter().for_each(|problem| eprintln!("passed over a checkpoint: {problem}"));
-            found.ok_or_else(|| {
+            let found = checkpoints_of(&arguments.run).latest()?;
+            found.passed_over.iter().for_each(|problem| eprintln!("passed over a checkpoint: {problem}"));
+            found.checkpoint.ok_or_else(|| {
                 Failure::data(format!(
                     "{} holds no checkpoint: name a run with --run",
                     arguments.run.display()
@@ -253,13 +275,60 @@ fn export(arguments: &Export) -> Result<Outcome, Failure> {
     Ok(Outcome::Done)
 }
 
+fn compare(arguments: &Diff) -> Result<Outcome, Failure> {
+    let open = |path: &Path| -> Result<Checkpoint, Failure> {
+        if split(path).is_some() {
+            let checkpoint = Checkpoint::open(path)?;
+            checkpoint.verify()?;
+            return Ok(checkpoint);
+        }
+        let found = checkpoints_of(path).latest()?;
+        found.checkpoint.ok_or_else(|| Failure::data(format!("{} holds no checkpoint", path.display())))
+    };
+    let (first, second) = (open(&arguments.first)?, open(&arguments.second)?);
+    let progress = bar("comparing", "tensors");
+    let found = diff(&first, &second, &mut |done, total| {
+        progress.set_length(total as u64);
+        progress.set_position(done as u64);
+    })?;
+    progress.finish_and_clear();
+    if arguments.json {
+        let report = serde_json::to_string_pretty(&found).expect("it serialises");
+        println!("{report}");
+        return Ok(Outcome::Done);
+    }
+    let (a, b) = (first.progress(), second.progress());
+    if a != b {
+        println!("steps {} and {}, samples {} and {}", a.step, b.step, a.samples, b.samples);
+    }
+    for (what, names) in
+        [("only in the first", &found.only_first), ("only in the second", &found.only_second)]
+    {
+        names.iter().for_each(|name| println!("{what}: {name}"));
+    }
+    found.misshapen.iter().for_each(|(name, a, b)| println!("{name}: {a:?} and {b:?}"));
+    println!("{} tensors are the same to the bit, {} differ", found.same, found.differing.len());
+    let shown = if arguments.all { usize::MAX } else { 10 };
+    if !found.differing.is_empty() {
+        println!("{:>12} {:>12} {:>12}  tensor", "elements", "largest", "relative");
+    }
+    for row in found.differing.iter().take(shown) {
+        println!("{:>12} {:>12.3e} {:>12.3e}  {}", row.elements, row.largest, row.relative, row.name);
+    }
+    if found.differing.len() > shown {
+        println!("and {} more (--all)", found.differing.len() - shown);
+    }
+    Ok(Outcome::Done)
+}
+
 fn import(arguments: &Import) -> Result<Outcome, Failure> {
     let run = &arguments.run;
     // Held until the end, so that no run trains into the folder meanwhile.
     let folder = RunFolder::claim(run, "this host")?;
     let options = Options { num_heads: arguments.num_heads, encoder_depth: arguments.encoder_depth };
     let progress = bar("importing", "tensors");
-    let imported = reference::import(&arguments.file, &checkpoints(run), &options, &mut |done, total| {
+    let checkpoints = run.join("checkpoints");
+    let imported = reference::import(&arguments.file, &checkpoints, &options, &mut |done, total| {
         progress.set_length(total as u64);
         progress.set_position(done as u64);
     })

@@ -30,13 +30,13 @@ pub struct Arguments {
     #[command(subcommand)]
     command: Option<Command>,
     #[command(flatten)]
-    train: Settings,
+    train: train::Arguments,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Train, on every rank that mpirun or srun started (the default command)
-    Train(Settings),
+    Train(train::Arguments),
     /// Make, look at and check the data that training reads
     Data(data::Arguments),
     /// Draw images from a run's averaged weights, as a labelled grid
@@ -83,7 +83,7 @@ impl Settings {
 pub fn run(arguments: Arguments) -> Result<Outcome, Failure> {
     match arguments.command {
         None => train::run(&arguments.train),
-        Some(Command::Train(settings)) => train::run(&settings),
+        Some(Command::Train(arguments)) => train::run(&arguments),
         Some(Command::Data(arguments)) => data::run(&arguments),
         Some(Command::Sample(arguments)) => sample::run(&arguments),
         Some(Command::Evaluate(arguments)) => evaluate::run(&arguments),

@@ -1,12 +1,26 @@
 //! `repa-dist train`, on every rank.
 
+use clap::Args;
 use repa_comm::{Options, all_or_first_error, end_with};
 use repa_trainer::train::{StopRequest, train};
 
 use super::Settings;
 use crate::exit::{Failure, Outcome};
 
-pub fn run(settings: &Settings) -> Result<Outcome, Failure> {
+/// What `train` takes.
+#[derive(Debug, Clone, Args)]
+pub struct Arguments {
+    #[command(flatten)]
+    settings: Settings,
+    /// Where to go on from, as run.resume=...: the newest checkpoint (auto, the default), nothing (never), the
+    /// checkpoint of a step, or another run's folder or checkpoint
+    #[arg(long, value_name = "auto|never|STEP|PATH")]
+    resume: Option<String>,
+}
+
+pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
+    let mut settings = arguments.settings.clone();
+    settings.values.extend(arguments.resume.iter().map(|resume| format!("run.resume={resume}")));
     let comm = repa_comm::init(&Options::default()).map_err(Failure::runtime)?;
     repa_comm::install_panic_hook();
     super::log_to_stderr(comm.rank());

@@ -1,90 +1,202 @@
-//! The folder of a run's checkpoints: beginning, committing, finding and removing them.
+//! The checkpoints of a run: beginning, committing, finding and removing them.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::manifest::{FORMAT, MANIFEST, MANIFEST_DIGEST, Shard, VERSION};
-use super::{Array, Checkpoint, CheckpointError, Manifest, Progress, ShardRecord, TensorRecord};
+use super::storage::{Listed, Storage, name, place, step_of};
+use super::{
+    About, Array, Checkpoint, CheckpointError, Frozen, Manifest, Part, Retention, ShardRecord, TensorRecord,
+    shard,
+};
 use crate::params::Layout;
 
-const PARTIAL: &str = ".partial";
-
-/// Name of the checkpoint of a step.
-pub fn name(step: u64) -> String {
-    format!("step-{step:08}")
+/// The checkpoints of a run, wherever they lie.
+#[derive(Debug, Clone)]
+pub struct Checkpoints {
+    storage: Arc<dyn Storage>,
 }
 
-/// Makes the folder in which the checkpoint of `step` grows, empty, and gives its path. Called by one
-/// rank, before the others write their shards.
-///
-/// # Errors
-/// The folder cannot be made.
-pub fn begin(folder: &Path, step: u64) -> Result<PathBuf, CheckpointError> {
-    let dir = growing(folder, step);
-    match fs::remove_dir_all(&dir) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(CheckpointError::write(&dir)(e)),
-        _ => {}
+/// The newest good checkpoint, and what was passed over on the way to it.
+#[derive(Debug)]
+pub struct Found {
+    /// None where there are no checkpoints at all.
+    pub checkpoint: Option<Checkpoint>,
+    /// A message for each newer one that is damaged.
+    pub passed_over: Vec<String>,
+}
+
+impl Checkpoints {
+    /// Those in a folder, which need not exist yet.
+    #[must_use]
+    pub fn at(location: &Path) -> Self {
+        Self::of(place(location))
     }
-    fs::create_dir_all(&dir).map_err(CheckpointError::write(&dir))?;
-    Ok(dir)
-}
 
-/// Where the checkpoint of a step grows.
-pub fn growing(folder: &Path, step: u64) -> PathBuf {
-    folder.join(name(step) + PARTIAL)
-}
+    /// Those in a place.
+    #[must_use]
+    pub fn of(storage: Arc<dyn Storage>) -> Self {
+        Self { storage }
+    }
 
-/// Completes a checkpoint whose shards are all on disk: `records` are the ranks' reports, by rank.
-/// Called by one rank.
-///
-/// # Errors
-/// The manifest cannot be written, or the folder not renamed.
-pub fn commit(
-    folder: &Path,
-    layout: &Layout,
-    progress: Progress,
-    config: serde_json::Value,
-    records: Vec<ShardRecord>,
-) -> Result<PathBuf, CheckpointError> {
-    let dir = growing(folder, progress.step);
-    let manifest = manifest(layout, progress, config, records);
-    let path = dir.join(MANIFEST);
-    let text = serde_json::to_vec_pretty(&manifest).expect("a manifest serialises");
-    let write = || {
+    /// What messages call them.
+    #[must_use]
+    pub fn location(&self) -> PathBuf {
+        self.storage.path("")
+    }
+
+    /// Lists them.
+    ///
+    /// # Errors
+    /// The place cannot be read.
+    pub fn list(&self) -> Result<Listed, CheckpointError> {
+        self.storage.list().map_err(|source| CheckpointError::Read { path: self.location(), source })
+    }
+
+    /// What messages call a step's checkpoint.
+    #[must_use]
+    pub fn path(&self, step: u64) -> PathBuf {
+        self.storage.path(&name(step))
+    }
+
+    /// Opens a step's checkpoint.
+    ///
+    /// # Errors
+    /// It is missing or damaged.
+    pub fn open(&self, step: u64) -> Result<Checkpoint, CheckpointError> {
+        Checkpoint::of(self.storage.clone(), step)
+    }
+
+    /// Opens a step's checkpoint, of which other hosts may have shards.
+    pub(crate) fn open_any(&self, step: u64) -> Result<Checkpoint, CheckpointError> {
+        Checkpoint::with_any_shards(self.storage.clone(), step)
+    }
+
+    /// A step's checkpoint whose manifest came from elsewhere.
+    pub(crate) fn with_manifest(&self, step: u64, manifest: Manifest) -> Checkpoint {
+        Checkpoint::with_manifest(self.storage.clone(), step, manifest)
+    }
+
+    /// The folder, if they are in a folder: hosts may have their own under its name.
+    pub(crate) fn local_folder(&self) -> Option<&Path> {
+        self.storage.folder()
+    }
+
+    /// The newest checkpoint whose digests hold.
+    ///
+    /// # Errors
+    /// The place cannot be read, or holds checkpoints and none is good.
+    pub fn latest(&self) -> Result<Found, CheckpointError> {
+        let mut passed_over = Vec::new();
+        for step in self.list()?.steps.into_iter().rev() {
+            let checked = self.open(step).and_then(|checkpoint| checkpoint.verify().map(|()| checkpoint));
+            match checked {
+                Ok(checkpoint) => return Ok(Found { checkpoint: Some(checkpoint), passed_over }),
+                Err(error) => passed_over.push(error.to_string()),
+            }
+        }
+        if passed_over.is_empty() {
+            Ok(Found { checkpoint: None, passed_over })
+        } else {
+            Err(CheckpointError::NoneGood { path: self.location(), problems: passed_over.join("; ") })
+        }
+    }
+
+    /// Writes the shard of `rank` and returns once it is durable. One rank may give frozen parameters' values
+    /// besides, each whole.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn write_shard(
+        &self,
+        step: u64,
+        layout: &Layout,
+        parts: &[Part],
+        frozen: &[Frozen],
+        (rank, world): (usize, usize),
+    ) -> Result<ShardRecord, CheckpointError> {
+        shard::write(self.storage.as_ref(), step, layout, parts, frozen, (rank, world))
+    }
+
+    /// Completes a checkpoint whose shards are all durable: `records` are the ranks' reports, by rank. Called by one
+    /// rank of all that share the place.
+    ///
+    /// # Errors
+    /// The manifest cannot be written.
+    pub fn commit(
+        &self,
+        layout: &Layout,
+        about: About,
+        records: Vec<ShardRecord>,
+    ) -> Result<(), CheckpointError> {
+        let step = about.progress.step;
+        let text = serde_json::to_vec_pretty(&manifest(layout, about, records)).expect("it serialises");
         let digest = format!("{:016x}\n", xxh3_64(&text));
-        for (path, bytes) in [(&dir.join(MANIFEST_DIGEST), digest.as_bytes()), (&path, &text)] {
-            let mut file = File::create(path)?;
-            file.write_all(bytes)?;
-            file.sync_all()?;
+        self.storage
+            .commit(step, &[(MANIFEST_DIGEST, digest.as_bytes()), (MANIFEST, &text)])
+            .map_err(|source| CheckpointError::Write { path: self.path(step), source })
+    }
+
+    /// Clears away what saves that were cut short, or failed, have left. Called by one rank of all that share the
+    /// place, while no save is under way.
+    ///
+    /// # Errors
+    /// Something cannot be removed.
+    pub fn discard_unfinished(&self) -> Result<Vec<String>, CheckpointError> {
+        let unfinished = self.list()?.unfinished;
+        for entry in &unfinished {
+            let error = |source| CheckpointError::Write { path: self.storage.path(entry), source };
+            self.storage.discard(entry).map_err(error)?;
         }
-        File::open(&dir)?.sync_all()
-    };
-    write().map_err(CheckpointError::write(&path))?;
-    let done = folder.join(name(progress.step));
-    // The same step may have been saved by a run that was gone on with from an earlier one.
-    let old = done.with_extension("old");
-    let rename = || {
-        if done.exists() {
-            fs::rename(&done, &old)?;
+        Ok(unfinished)
+    }
+
+    /// Removes the checkpoints that `retention` does not keep; `metric` is what the best are chosen by. Called by
+    /// one rank of all that share the place, when the newest checkpoint is complete.
+    ///
+    /// # Errors
+    /// One cannot be removed.
+    pub fn prune(&self, retention: &Retention, metric: &str) -> Result<(), CheckpointError> {
+        let metric_of = |step| {
+            // One that cannot be read is nobody's best.
+            let manifest = (retention.best > 0).then(|| self.open(step).ok())??;
+            manifest.manifest().metrics.get(metric).copied()
+        };
+        let saved: Vec<(u64, Option<f64>)> =
+            self.list()?.steps.into_iter().map(|step| (step, metric_of(step))).collect();
+        for step in retention.surplus(&saved) {
+            let error = |source| CheckpointError::Write { path: self.path(step), source };
+            self.storage.remove(step).map_err(error)?;
         }
-        fs::rename(&dir, &done)?;
-        File::open(folder)?.sync_all()?;
-        if old.exists() { fs::remove_dir_all(&old) } else { Ok(()) }
-    };
-    rename().map_err(CheckpointError::write(&done))?;
-    Ok(done)
+        Ok(())
+    }
+
+    /// Takes the checkpoints after a step out of the list, and says where they are now.
+    ///
+    /// # Errors
+    /// One cannot be moved.
+    pub fn set_aside_after(&self, step: u64) -> Result<Vec<PathBuf>, CheckpointError> {
+        let later = self.list()?.steps.into_iter().filter(|&s| s > step);
+        later
+            .map(|step| {
+                let error = |source| CheckpointError::Write { path: self.path(step), source };
+                self.storage.set_aside(step).map_err(error)
+            })
+            .collect()
+    }
 }
 
-fn manifest(
-    layout: &Layout,
-    progress: Progress,
-    config: serde_json::Value,
-    records: Vec<ShardRecord>,
-) -> Manifest {
+/// The checkpoints and the step that the path of one checkpoint names: `…/step-00050000`.
+pub fn split(path: &Path) -> Option<(Checkpoints, u64)> {
+    let step = step_of(path.file_name()?.to_str()?)?;
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    Some((Checkpoints::at(parent), step))
+}
+
+fn manifest(layout: &Layout, about: About, records: Vec<ShardRecord>) -> Manifest {
     let mut tensors: BTreeMap<Array, BTreeMap<String, TensorRecord>> = BTreeMap::new();
     let world_size = records.len();
     let mut shards = Vec::with_capacity(world_size);
@@ -101,86 +213,18 @@ fn manifest(
     for tensor in tensors.values_mut().flat_map(BTreeMap::values_mut) {
         tensor.pieces.sort_by_key(|piece| piece.start);
     }
+    let About { progress, config, metrics, branch, node_local } = about;
     Manifest {
         format: FORMAT.into(),
         version: VERSION,
         program: env!("CARGO_PKG_VERSION").into(),
         progress,
         world_size,
+        node_local,
+        branch,
+        metrics,
         config,
         shards,
         tensors,
     }
-}
-
-/// What a folder of checkpoints holds.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Listed {
-    /// Complete checkpoints by ascending step. Their digests are unread.
-    pub steps: Vec<(u64, PathBuf)>,
-    /// Folders of saves that were cut short.
-    pub unfinished: Vec<PathBuf>,
-}
-
-/// Lists a folder of checkpoints; one that does not exist is empty.
-///
-/// # Errors
-/// The folder cannot be read.
-pub fn list(folder: &Path) -> Result<Listed, CheckpointError> {
-    let entries = match fs::read_dir(folder) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Listed::default()),
-        Err(e) => return Err(CheckpointError::read(folder)(e)),
-    };
-    let mut listed = Listed::default();
-    for entry in entries {
-        let path = entry.map_err(CheckpointError::read(folder))?.path();
-        let Some(step) = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.strip_prefix("step-"))
-        else {
-            continue;
-        };
-        match step.parse() {
-            Ok(step) => listed.steps.push((step, path)),
-            Err(_) => listed.unfinished.push(path),
-        }
-    }
-    listed.steps.sort();
-    listed.unfinished.sort();
-    Ok(listed)
-}
-
-/// The newest checkpoint whose digests hold, and a message for each newer one that was passed over.
-///
-/// # Errors
-/// The folder cannot be read, or holds checkpoints and none is good.
-pub fn latest(folder: &Path) -> Result<(Option<Checkpoint>, Vec<String>), CheckpointError> {
-    let listed = list(folder)?;
-    let mut problems = Vec::new();
-    for (_, path) in listed.steps.iter().rev() {
-        let checked = Checkpoint::open(path).and_then(|checkpoint| checkpoint.verify().map(|()| checkpoint));
-        match checked {
-            Ok(checkpoint) => return Ok((Some(checkpoint), problems)),
-            Err(error) => problems.push(error.to_string()),
-        }
-    }
-    if problems.is_empty() {
-        Ok((None, problems))
-    } else {
-        Err(CheckpointError::NoneGood { path: folder.to_owned(), problems: problems.join("; ") })
-    }
-}
-
-/// Removes all but the last `keep` checkpoints, and what saves that were cut short left behind. Called
-/// by one rank, when the newest checkpoint is complete and no save is under way.
-///
-/// # Errors
-/// A folder cannot be removed.
-pub fn prune(folder: &Path, keep: usize) -> Result<(), CheckpointError> {
-    let listed = list(folder)?;
-    let surplus = listed.steps.len().saturating_sub(keep.max(1));
-    let old = listed.steps.iter().take(surplus).map(|(_, path)| path);
-    for path in old.chain(&listed.unfinished) {
-        fs::remove_dir_all(path).map_err(CheckpointError::write(path))?;
-    }
-    Ok(())
 }

@@ -26,6 +26,21 @@ pub struct Progress {
     pub scaler: LossScaler,
 }
 
+/// What a checkpoint says of the run, besides its tensors.
+#[derive(Debug, Clone, PartialEq)]
+pub struct About {
+    /// Where the run stands.
+    pub progress: Progress,
+    /// Its merged configuration.
+    pub config: serde_json::Value,
+    /// Means since the save before, by name.
+    pub metrics: BTreeMap<String, f64>,
+    /// The step that the run was sent back to last, if it was.
+    pub branch: Option<u64>,
+    /// Whether each node keeps its own ranks' shards only.
+    pub node_local: bool,
+}
+
 /// One contiguous part of a tensor.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -80,6 +95,15 @@ pub struct Manifest {
     pub progress: Progress,
     /// Ranks that wrote it.
     pub world_size: usize,
+    /// Whether each node has only its own ranks' shards, on a disk of its own.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub node_local: bool,
+    /// The step that the run was sent back to last, if it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub branch: Option<u64>,
+    /// Means since the save before.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub metrics: BTreeMap<String, f64>,
     /// The run's merged configuration.
     pub config: serde_json::Value,
     /// The shard files.

@@ -7,24 +7,30 @@
 //! `manifest.xxh3`. Frozen parameters follow from the model and are left out, but for those of an
 //! imported checkpoint ([`reference`]), which may differ in their last bits.
 //!
-//! A checkpoint grows in `step-00050000.partial/`. Shards are fsynced before the manifest is written,
-//! the manifest before the folder is renamed, and the parent after: a folder under its final name is
-//! complete.
+//! Where they lie, and how a set of files becomes a checkpoint there, is [`storage`]'s: shards are durable before
+//! the manifest is written, and readers trust only a manifest whose digests hold.
 
+mod diff;
 mod folder;
 mod manifest;
 mod reader;
 pub mod reference;
+mod retention;
 mod shard;
+pub mod storage;
 #[cfg(test)]
 mod tests;
 
 use std::path::{Path, PathBuf};
 
-pub use folder::{Listed, begin, commit, growing, latest, list, name, prune};
-pub use manifest::{Manifest, Piece, Progress, ShardRecord, TensorRecord};
+pub use diff::{Difference, TensorDifference, diff};
+pub use folder::{Checkpoints, Found, split};
+pub use manifest::{About, Manifest, Piece, Progress, ShardRecord, TensorRecord};
 pub use reader::Checkpoint;
-pub use shard::{Arrays, Frozen, Part, write_shard};
+pub(crate) use reader::Stretch;
+pub use retention::Retention;
+pub use shard::{Arrays, Frozen, Part};
+pub use storage::name;
 
 /// The flat arrays of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
@@ -91,6 +97,19 @@ pub enum CheckpointError {
         /// The tensors that differ.
         problem: String,
     },
+    /// The checkpoint is sound as far as it is here, and other nodes have the rest on their disks.
+    #[error(
+        "the checkpoint {path} was saved on disks of the hosts' own, and {missing} of its shards are not here (the \
+         first is {first}): copy the other hosts' files into this folder, or go on training on all of them"
+    )]
+    Elsewhere {
+        /// The folder.
+        path: PathBuf,
+        /// How many shards are not here.
+        missing: usize,
+        /// One of them.
+        first: String,
+    },
     /// Checkpoints are there, and none can be read.
     #[error("none of the checkpoints in {path} can be read: {problems}; move them away to begin anew")]
     NoneGood {
@@ -102,14 +121,6 @@ pub enum CheckpointError {
 }
 
 impl CheckpointError {
-    fn write(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
-        move |source| Self::Write { path: path.to_owned(), source }
-    }
-
-    fn read(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
-        move |source| Self::Read { path: path.to_owned(), source }
-    }
-
     fn damaged(path: &Path, problem: impl Into<String>) -> Self {
         Self::Damaged { path: path.to_owned(), problem: problem.into() }
     }

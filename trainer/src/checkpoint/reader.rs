@@ -1,35 +1,78 @@
 //! Reading checkpoints, on any world size.
 
-use std::fs::File;
-use std::io::Read;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rayon::prelude::*;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use super::manifest::{FORMAT, MANIFEST, MANIFEST_DIGEST, Shard, VERSION};
-use super::{Array, CheckpointError, Manifest, Piece, Progress, TensorRecord};
+use super::storage::{Source, Storage, name, read_small};
+use super::{Array, CheckpointError, Manifest, Piece, Progress, TensorRecord, split};
 use crate::params::Layout;
 
-/// A checkpoint on disk.
+/// A complete checkpoint.
 #[derive(Debug, Clone)]
 pub struct Checkpoint {
-    dir: PathBuf,
+    storage: Arc<dyn Storage>,
+    step: u64,
     manifest: Manifest,
 }
 
+/// A stretch of a shard that a reader wants, and where it wants it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Stretch {
+    /// Number of the shard.
+    pub(crate) shard: usize,
+    /// Its first byte in the shard.
+    pub(crate) offset: u64,
+    /// The first element of the output that it fills.
+    pub(crate) at: usize,
+    /// Elements.
+    pub(crate) len: usize,
+}
+
 impl Checkpoint {
-    /// Reads the manifest, and checks that it makes sense and that the shards have their sizes.
+    /// Opens the checkpoint that a path names (`…/step-00050000`): reads the manifest, and checks that it makes
+    /// sense and that the shards have their sizes.
     ///
     /// # Errors
     /// The manifest or a shard is missing or damaged.
-    pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
-        let path = dir.join(MANIFEST_DIGEST);
-        let digest = std::fs::read(&path).map_err(CheckpointError::read(&path))?;
-        let path = dir.join(MANIFEST);
-        let text = std::fs::read(&path).map_err(CheckpointError::read(&path))?;
+    pub fn open(path: &Path) -> Result<Self, CheckpointError> {
+        let Some((checkpoints, step)) = split(path) else {
+            let problem = "its name is not that of a checkpoint, step- and a number";
+            return Err(CheckpointError::damaged(path, problem));
+        };
+        checkpoints.open(step)
+    }
+
+    /// The checkpoint of a step in a place; see [`Checkpoint::open`].
+    pub(super) fn of(storage: Arc<dyn Storage>, step: u64) -> Result<Self, CheckpointError> {
+        let checkpoint = Self::with_any_shards(storage, step)?;
+        let missing = checkpoint.missing()?;
+        let Some(first) = missing.first() else { return Ok(checkpoint) };
+        let file = &checkpoint.manifest.shards[*first].file;
+        let path = checkpoint.dir().join(file);
+        if !checkpoint.manifest.node_local {
+            return Err(CheckpointError::damaged(&path, "it is missing"));
+        }
+        Err(CheckpointError::Elsewhere {
+            path: checkpoint.dir(),
+            missing: missing.len(),
+            first: file.clone(),
+        })
+    }
+
+    /// As [`Checkpoint::of`], where shards may be missing because other nodes have them.
+    pub(crate) fn with_any_shards(storage: Arc<dyn Storage>, step: u64) -> Result<Self, CheckpointError> {
+        let path = |file: &str| storage.path(&name(step)).join(file);
+        let small = |file: &str| {
+            read_small(storage.as_ref(), step, file)
+                .map_err(|source| CheckpointError::Read { path: path(file), source })
+        };
+        let (digest, text) = (small(MANIFEST_DIGEST)?, small(MANIFEST)?);
+        let path = path(MANIFEST);
         if digest != format!("{:016x}\n", xxh3_64(&text)).as_bytes() {
             return Err(CheckpointError::damaged(
                 &path,
@@ -43,19 +86,37 @@ impl Checkpoint {
             let problem = format!("it is {found:?}, and this program reads {FORMAT} version {VERSION}");
             return Err(CheckpointError::damaged(&path, problem));
         }
-        for shard in &manifest.shards {
-            let path = dir.join(&shard.file);
-            let bytes = std::fs::metadata(&path).map_err(CheckpointError::read(&path))?.len();
-            if bytes != shard.bytes {
-                let problem = format!("it has {bytes} bytes where {} were written", shard.bytes);
-                return Err(CheckpointError::damaged(&path, problem));
-            }
-        }
         for (name, tensor) in manifest.tensors.values().flatten() {
             whole(tensor, &manifest.shards)
                 .map_err(|problem| CheckpointError::damaged(&path, format!("{name}: {problem}")))?;
         }
-        Ok(Self { dir: dir.to_owned(), manifest })
+        Ok(Self { storage, step, manifest })
+    }
+
+    pub(super) fn with_manifest(storage: Arc<dyn Storage>, step: u64, manifest: Manifest) -> Self {
+        Self { storage, step, manifest }
+    }
+
+    /// Numbers of the shards that are not there.
+    ///
+    /// # Errors
+    /// One is there, with another size than it was written with, or cannot be read.
+    pub(crate) fn missing(&self) -> Result<Vec<usize>, CheckpointError> {
+        let mut missing = Vec::new();
+        for (number, shard) in self.manifest.shards.iter().enumerate() {
+            let path = || self.dir().join(&shard.file);
+            let size = self.storage.open(self.step, &shard.file).and_then(|source| source.size());
+            match size {
+                Ok(bytes) if bytes == shard.bytes => {}
+                Ok(bytes) => {
+                    let problem = format!("it has {bytes} bytes where {} were written", shard.bytes);
+                    return Err(CheckpointError::damaged(&path(), problem));
+                }
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => missing.push(number),
+                Err(source) => return Err(CheckpointError::Read { path: path(), source }),
+            }
+        }
+        Ok(missing)
     }
 
     /// Reads every shard and compares its digest with the manifest's.
@@ -69,18 +130,23 @@ impl Checkpoint {
     /// Reads every shard, in parallel, and lists by rank those that cannot be read or whose digest is
     /// not the manifest's. `read` is called with the number of bytes just read.
     pub fn faults(&self, read: &(dyn Fn(u64) + Sync)) -> Vec<CheckpointError> {
-        let fault = |shard: &Shard| {
-            let path = self.dir.join(&shard.file);
-            match digest(&path, read) {
-                Err(source) => Some(CheckpointError::read(&path)(source)),
-                Ok(found) if found == shard.xxh3 => None,
-                Ok(found) => {
-                    let problem = format!("its digest is {found} where {} was written", shard.xxh3);
-                    Some(CheckpointError::damaged(&path, problem))
-                }
+        let faults = (0..self.manifest.shards.len()).into_par_iter().map(|n| self.fault(n, read));
+        faults.collect::<Vec<_>>().into_iter().flatten().collect()
+    }
+
+    /// What is wrong with a shard, if anything; see [`Checkpoint::faults`].
+    pub(crate) fn fault(&self, number: usize, read: &(dyn Fn(u64) + Sync)) -> Option<CheckpointError> {
+        let shard = &self.manifest.shards[number];
+        let path = self.dir().join(&shard.file);
+        let found = self.storage.open(self.step, &shard.file).and_then(|s| digest(s.as_ref(), read));
+        match found {
+            Err(source) => Some(CheckpointError::Read { path, source }),
+            Ok(found) if found == shard.xxh3 => None,
+            Ok(found) => {
+                let problem = format!("its digest is {found} where {} was written", shard.xxh3);
+                Some(CheckpointError::damaged(&path, problem))
             }
-        };
-        self.manifest.shards.par_iter().map(fault).collect::<Vec<_>>().into_iter().flatten().collect()
+        }
     }
 
     /// Size of all shards, in bytes.
@@ -88,9 +154,9 @@ impl Checkpoint {
         self.manifest.shards.iter().map(|shard| shard.bytes).sum()
     }
 
-    /// The folder.
-    pub fn dir(&self) -> &Path {
-        &self.dir
+    /// What messages call it.
+    pub fn dir(&self) -> PathBuf {
+        self.storage.path(&name(self.step))
     }
 
     /// What the checkpoint says of itself.
@@ -123,40 +189,75 @@ impl Checkpoint {
         ranges: &[Range<usize>],
     ) -> Result<Vec<f32>, CheckpointError> {
         self.check(layout, array)?;
-        let files = self
-            .manifest
-            .shards
-            .iter()
-            .map(|shard| {
-                let path = self.dir.join(&shard.file);
-                File::open(&path).map_err(CheckpointError::read(&path))
-            })
-            .collect::<Result<Vec<_>, _>>()?;
         let mut out = vec![0.0f32; ranges.iter().map(Range::len).sum()];
+        let stretches = self.stretches(layout, array, ranges);
+        self.fill(&stretches, &mut out)?;
+        Ok(out)
+    }
+
+    /// Where the elements of an array's ranges lie, in the order in which they fill an output that has them one
+    /// after the other. [`Checkpoint::check`] has to have passed.
+    pub(crate) fn stretches(&self, layout: &Layout, array: Array, ranges: &[Range<usize>]) -> Vec<Stretch> {
+        let mut stretches = Vec::new();
         let mut begin = 0;
+        let trainable: Vec<_> = layout.entries().iter().filter(|e| e.trainable).collect();
         for range in ranges {
-            let entries = layout.entries().iter().filter(|e| e.trainable);
-            let pieces = entries
-                .skip_while(|e| e.offset + e.len() <= range.start)
-                .take_while(|e| e.offset < range.end)
-                .flat_map(|e| {
-                    self.manifest.tensors[&array][&e.name].pieces.iter().map(move |p| (e.offset, p))
-                });
-            for (offset, piece) in pieces {
-                let wanted = range.start.max(offset + piece.start)..range.end.min(offset + piece.end);
-                if wanted.is_empty() {
-                    continue;
+            let first = trainable.partition_point(|e| e.offset + e.len() <= range.start);
+            for entry in trainable[first..].iter().take_while(|e| e.offset < range.end) {
+                let offset = entry.offset;
+                for piece in &self.manifest.tensors[&array][&entry.name].pieces {
+                    let wanted = range.start.max(offset + piece.start)..range.end.min(offset + piece.end);
+                    if !wanted.is_empty() {
+                        let skipped = (wanted.start - offset - piece.start) * size_of::<f32>();
+                        stretches.push(Stretch {
+                            shard: piece.shard,
+                            offset: piece.offset + skipped as u64,
+                            at: begin + wanted.start - range.start,
+                            len: wanted.len(),
+                        });
+                    }
                 }
-                let skipped = (wanted.start - offset - piece.start) * size_of::<f32>();
-                let part = &mut out[begin + wanted.start - range.start..begin + wanted.end - range.start];
-                let path = || self.dir.join(&self.manifest.shards[piece.shard].file);
-                files[piece.shard]
-                    .read_exact_at(bytemuck::cast_slice_mut(part), piece.offset + skipped as u64)
-                    .map_err(|source| CheckpointError::Read { path: path(), source })?;
             }
             begin += range.len();
         }
-        Ok(out)
+        stretches
+    }
+
+    /// Reads stretches, in parallel. They are in the order of the output, and cover it.
+    fn fill(&self, stretches: &[Stretch], out: &mut [f32]) -> Result<(), CheckpointError> {
+        let path = |shard: usize| self.dir().join(&self.manifest.shards[shard].file);
+        let error = |shard: usize| move |source| CheckpointError::Read { path: path(shard), source };
+        let sources: Vec<Box<dyn Source>> = (0..self.manifest.shards.len())
+            .map(|n| self.storage.open(self.step, &self.manifest.shards[n].file).map_err(error(n)))
+            .collect::<Result<_, _>>()?;
+        let mut rest = out;
+        let mut work = Vec::with_capacity(stretches.len());
+        for stretch in stretches {
+            let (part, after) = rest.split_at_mut(stretch.len);
+            work.push((stretch, part));
+            rest = after;
+        }
+        work.into_par_iter().try_for_each(|(stretch, part)| {
+            let source = &sources[stretch.shard];
+            source.read_at(bytemuck::cast_slice_mut(part), stretch.offset).map_err(error(stretch.shard))
+        })
+    }
+
+    /// Some bytes of a shard.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub(crate) fn shard_bytes(
+        &self,
+        number: usize,
+        offset: u64,
+        out: &mut [u8],
+    ) -> Result<(), CheckpointError> {
+        let file = &self.manifest.shards[number].file;
+        self.storage
+            .open(self.step, file)
+            .and_then(|source| source.read_at(out, offset))
+            .map_err(|source| CheckpointError::Read { path: self.dir().join(file), source })
     }
 
     /// The elements of one tensor of an array, frozen ones included; None where the checkpoint lacks it.
@@ -169,20 +270,15 @@ impl Checkpoint {
         };
         let mut out = vec![0.0f32; tensor.shape.iter().product()];
         for piece in &tensor.pieces {
-            let path = self.dir.join(&self.manifest.shards[piece.shard].file);
-            File::open(&path)
-                .and_then(|file| {
-                    let part = &mut out[piece.start..piece.end];
-                    file.read_exact_at(bytemuck::cast_slice_mut(part), piece.offset)
-                })
-                .map_err(CheckpointError::read(&path))?;
+            let part = &mut out[piece.start..piece.end];
+            self.shard_bytes(piece.shard, piece.offset, bytemuck::cast_slice_mut(part))?;
         }
         Ok(Some(out))
     }
 
     /// Checks that an array has exactly a layout's trainable parameters, and no frozen one but the
     /// layout's.
-    pub(super) fn check(&self, layout: &Layout, array: Array) -> Result<(), CheckpointError> {
+    pub(crate) fn check(&self, layout: &Layout, array: Array) -> Result<(), CheckpointError> {
         let empty = Default::default();
         let tensors = self.manifest.tensors.get(&array).unwrap_or(&empty);
         let mut problems: Vec<String> = layout
@@ -212,7 +308,7 @@ impl Checkpoint {
         if more > 0 {
             problem += &format!(" and {more} more");
         }
-        Err(CheckpointError::Mismatch { path: self.dir.clone(), problem })
+        Err(CheckpointError::Mismatch { path: self.dir(), problem })
     }
 }
 
@@ -239,17 +335,18 @@ fn whole(tensor: &TensorRecord, shards: &[Shard]) -> Result<(), String> {
     if next == size { Ok(()) } else { Err(format!("its pieces hold {next} of {size} elements")) }
 }
 
-fn digest(path: &Path, read: &(dyn Fn(u64) + Sync)) -> std::io::Result<String> {
-    let mut file = File::open(path)?;
+fn digest(source: &dyn Source, read: &(dyn Fn(u64) + Sync)) -> std::io::Result<String> {
+    const AT_ONCE: usize = 4 << 20;
+    let size = source.size()?;
     let mut hash = Xxh3::new();
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        match file.read(&mut buffer)? {
-            0 => return Ok(format!("{:016x}", hash.digest())),
-            n => {
-                hash.update(&buffer[..n]);
-                read(n as u64);
-            }
-        }
+    let mut buffer = vec![0; AT_ONCE.min(size as usize)];
+    let mut offset = 0;
+    while offset < size {
+        let part = &mut buffer[..AT_ONCE.min((size - offset) as usize)];
+        source.read_at(part, offset)?;
+        hash.update(part);
+        offset += part.len() as u64;
+        read(part.len() as u64);
     }
+    Ok(format!("{:016x}", hash.digest()))
 }

@@ -1,15 +1,13 @@
 //! Writing a rank's shard.
 
-use std::fs::File;
-use std::io::{BufWriter, Write};
 use std::ops::Range;
-use std::path::Path;
 
 use repa_comm::shard_range;
 use safetensors::Dtype;
 use safetensors::tensor::TensorInfo;
 use xxhash_rust::xxh3::Xxh3;
 
+use super::storage::{Sink, Storage, name};
 use super::{Array, CheckpointError, Piece, ShardRecord};
 use crate::params::Layout;
 
@@ -64,21 +62,16 @@ pub struct Frozen<'a> {
     pub values: &'a [f32],
 }
 
-/// Writes the shard of `rank` into the folder `dir` that [`super::begin`] made, and brings it to disk. One rank may
-/// give frozen parameters' values besides, each whole.
-///
-/// # Errors
-/// The file cannot be written.
-pub fn write_shard(
-    dir: &Path,
+/// Writes the shard of a rank, and brings it to disk.
+pub(super) fn write(
+    storage: &dyn Storage,
+    step: u64,
     layout: &Layout,
     parts: &[Part],
     frozen: &[Frozen],
-    rank: usize,
-    world: usize,
+    (rank, world): (usize, usize),
 ) -> Result<ShardRecord, CheckpointError> {
     let file = format!("rank-{rank:05}-of-{world:05}.safetensors");
-    let path = dir.join(&file);
 
     let mut names = Vec::new();
     let mut pieces = Vec::new();
@@ -114,7 +107,7 @@ pub fn write_shard(
     }
 
     let write = || -> std::io::Result<String> {
-        let mut out = Hashed { file: BufWriter::new(File::create(&path)?), hash: Xxh3::new() };
+        let mut out = Hashed { file: storage.create(step, &file)?, hash: Xxh3::new() };
         out.write(&header)?;
         for part in parts {
             out.write(bytemuck::cast_slice(part.values))?;
@@ -124,7 +117,10 @@ pub fn write_shard(
         }
         out.finish()
     };
-    let xxh3 = write().map_err(CheckpointError::write(&path))?;
+    let xxh3 = write().map_err(|source| {
+        let path = storage.path(&name(step)).join(&file);
+        CheckpointError::Write { path, source }
+    })?;
     Ok(ShardRecord { file, bytes: (header.len() + offset) as u64, xxh3, pieces })
 }
 
@@ -168,7 +164,7 @@ fn header(tensors: Vec<(String, TensorInfo)>, rank: usize, world: usize) -> Vec<
 }
 
 struct Hashed {
-    file: BufWriter<File>,
+    file: Box<dyn Sink>,
     hash: Xxh3,
 }
 
@@ -178,13 +174,13 @@ impl Hashed {
         // Hashed and written while it is in the cache.
         for part in bytes.chunks(AT_ONCE) {
             self.hash.update(part);
-            self.file.write_all(part)?;
+            self.file.write(part)?;
         }
         Ok(())
     }
 
     fn finish(self) -> std::io::Result<String> {
-        self.file.into_inner().map_err(|e| e.into_error())?.sync_all()?;
+        self.file.finish()?;
         Ok(format!("{:016x}", self.hash.digest()))
     }
 }

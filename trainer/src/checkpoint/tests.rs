@@ -27,13 +27,26 @@ fn save(folder: &Path, step: u64, arrays: &[Vec<f32>; 4], world: usize) {
 }
 
 fn save_parts<'a>(folder: &Path, step: u64, world: usize, parts: impl Fn(usize) -> Vec<Part<'a>>) {
-    let layout = layout();
-    let dir = begin(folder, step).expect("begun");
-    let write = |rank| write_shard(&dir, &layout, &parts(rank), &[], rank, world).expect("written");
+    let (layout, checkpoints) = (layout(), Checkpoints::at(folder));
+    let write =
+        |rank| checkpoints.write_shard(step, &layout, &parts(rank), &[], (rank, world)).expect("written");
     let records = (0..world).map(write).collect();
-    let progress = Progress { step, samples: step * 8, updates: step, scaler: LossScaler::default() };
-    commit(folder, &layout, progress, serde_json::json!({ "train": { "seed": 1 } }), records)
-        .expect("committed");
+    checkpoints.commit(&layout, about(step), records).expect("committed");
+}
+
+fn about(step: u64) -> About {
+    About {
+        progress: Progress { step, samples: step * 8, updates: step, scaler: LossScaler::default() },
+        config: serde_json::json!({ "train": { "seed": 1 } }),
+        // The later, the worse.
+        metrics: [("loss".to_owned(), step as f64)].into(),
+        branch: None,
+        node_local: false,
+    }
+}
+
+fn latest(folder: &Path) -> Found {
+    Checkpoints::at(folder).latest().expect("one is good")
 }
 
 fn load(checkpoint: &Checkpoint) -> [Vec<f32>; 4] {
@@ -47,9 +60,9 @@ fn any_world_size_reads_what_any_other_wrote() {
     expected[2][3] = f32::from_bits(0x7fc0_1234); // a NaN's payload survives too
     for (step, world) in [4, 2, 3, 1, 48].into_iter().enumerate() {
         save(folder.path(), step as u64, &expected, world);
-        let (checkpoint, problems) = latest(folder.path()).expect("good");
-        let checkpoint = checkpoint.expect("one");
-        assert!(problems.is_empty());
+        let found = latest(folder.path());
+        let checkpoint = found.checkpoint.expect("one");
+        assert!(found.passed_over.is_empty());
         assert_eq!(checkpoint.progress().step, step as u64);
         let bits = |arrays: &[Vec<f32>; 4]| {
             arrays.each_ref().map(|a| a.iter().map(|x| x.to_bits()).collect::<Vec<_>>())
@@ -93,7 +106,7 @@ fn what_lies_in_many_pieces_is_put_together_again() {
             let part = |(array, values)| Part { array, ranges: ranges(rank), values };
             Array::ALL.into_iter().zip(values[rank].iter().map(Vec::as_slice)).map(part).collect()
         });
-        let checkpoint = latest(folder.path()).expect("good").0.expect("one");
+        let checkpoint = latest(folder.path()).checkpoint.expect("one");
         assert_eq!(load(&checkpoint), expected, "{world} ranks, buckets of {bucket}");
         for rank in 0..world {
             for (array, values) in Array::ALL.into_iter().zip(&values[rank]) {
@@ -132,18 +145,55 @@ fn the_same_state_makes_the_same_files() {
 #[test]
 fn a_save_that_was_cut_short_is_not_seen_and_is_cleared_away() {
     let folder = tempfile::tempdir().expect("a folder");
-    assert!(latest(folder.path()).expect("empty").0.is_none());
+    let checkpoints = Checkpoints::at(folder.path());
+    assert!(latest(folder.path()).checkpoint.is_none());
     for step in 1..=4 {
         save(folder.path(), step, &arrays(layout().trainable_len(), step as f32), 2);
     }
-    let cut = begin(folder.path(), 5).expect("begun");
-    std::fs::write(cut.join("rank-00000-of-00002.safetensors"), b"half").expect("written");
-    assert_eq!(latest(folder.path()).expect("good").0.expect("one").progress().step, 4);
-    assert_eq!(list(folder.path()).expect("listed").unfinished, [cut]);
-    prune(folder.path(), 2).expect("pruned");
-    let listed = list(folder.path()).expect("listed");
-    assert_eq!(listed.steps.iter().map(|s| s.0).collect::<Vec<_>>(), [3, 4]);
+    // Four ranks, of which the second's shard is written and the others' are not.
+    let state = arrays(layout().trainable_len(), 5.0);
+    let [model, ema, exp_avg, exp_avg_sq] = &state;
+    let parts = Arrays { model, ema, exp_avg, exp_avg_sq }.parts(1, 4);
+    checkpoints.write_shard(5, &layout(), &parts, &[], (1, 4)).expect("written");
+    assert_eq!(latest(folder.path()).checkpoint.expect("one").progress().step, 4);
+    assert_eq!(checkpoints.list().expect("listed").unfinished, ["step-00000005.partial"]);
+    assert_eq!(checkpoints.discard_unfinished().expect("discarded"), ["step-00000005.partial"]);
+    checkpoints.prune(&Retention { last: 2, every: 0, best: 1 }, "loss").expect("pruned");
+    let listed = checkpoints.list().expect("listed");
+    assert_eq!(listed.steps, [1, 3, 4]);
     assert!(listed.unfinished.is_empty());
+    let aside = checkpoints.set_aside_after(1).expect("set aside");
+    assert!(aside.len() == 2 && aside.iter().all(|path| path.join("manifest.json").exists()));
+    assert_eq!(checkpoints.list().expect("listed"), storage::Listed { steps: vec![1], unfinished: vec![] });
+}
+
+/// Saved on disks of the hosts' own: a host alone cannot go on from it, and says what it lacks; its files copied
+/// together are a checkpoint.
+#[test]
+fn the_shards_of_two_hosts_make_one_checkpoint() {
+    let (here, there) = (tempfile::tempdir().expect("a folder"), tempfile::tempdir().expect("a folder"));
+    let state = arrays(layout().trainable_len(), 5.0);
+    let [model, ema, exp_avg, exp_avg_sq] = &state;
+    let arrays = Arrays { model, ema, exp_avg, exp_avg_sq };
+    let hosts = [Checkpoints::at(here.path()), Checkpoints::at(there.path())];
+    let write = |rank: usize| {
+        hosts[rank / 2].write_shard(3, &layout(), &arrays.parts(rank, 4), &[], (rank, 4)).expect("written")
+    };
+    let records: Vec<ShardRecord> = (0..4).map(write).collect();
+    for host in &hosts {
+        let about = About { node_local: true, ..about(3) };
+        host.commit(&layout(), about, records.clone()).expect("committed");
+    }
+    let error = hosts[0].open(3).expect_err("half of it").to_string();
+    assert!(
+        error.contains("2 of its shards are not here") && error.contains("rank-00002-of-00004"),
+        "{error}"
+    );
+    for rank in [2, 3] {
+        let file = format!("step-00000003/rank-{rank:05}-of-00004.safetensors");
+        std::fs::copy(there.path().join(&file), here.path().join(&file)).expect("copied");
+    }
+    assert_eq!(load(&hosts[0].latest().expect("good").checkpoint.expect("one")), state);
 }
 
 #[test]
@@ -153,7 +203,7 @@ fn a_checkpoint_of_another_model_is_refused_by_name() {
     let mut other = Layout::default();
     other.add("a.weight", &[3, 5], Init::Zeros);
     other.add("d", &[2], Init::Zeros);
-    let checkpoint = latest(folder.path()).expect("good").0.expect("one");
+    let checkpoint = latest(folder.path()).checkpoint.expect("one");
     let message = checkpoint.read(&other, Array::Model).expect_err("other").to_string();
     for part in ["a.weight is [5, 3]", "d is missing", "c is unexpected"] {
         assert!(message.contains(part), "{message}");
@@ -161,34 +211,52 @@ fn a_checkpoint_of_another_model_is_refused_by_name() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(120))]
+    #![proptest_config(ProptestConfig::with_cases(500))]
 
     /// Whatever happens to one file of the newest checkpoint, it is found out, and the one before is used.
     #[test]
-    fn damage_is_found_and_the_last_good_one_is_used(file in 0usize..4, kind in 0usize..4, at in any::<prop::sample::Index>(), bit in 0u8..8) {
+    fn damage_is_found_and_the_last_good_one_is_used(
+        file in 0usize..5,
+        kind in 0usize..6,
+        at in any::<prop::sample::Index>(),
+        bit in 0u8..8,
+    ) {
         let folder = tempfile::tempdir().expect("a folder");
         save(folder.path(), 1, &arrays(layout().trainable_len(), 1.0), 3);
         save(folder.path(), 2, &arrays(layout().trainable_len(), 2.0), 3);
         let newest = folder.path().join(name(2));
         let shard = |rank: usize| newest.join(format!("rank-{rank:05}-of-00003.safetensors"));
-        let path = if file == 3 { newest.join("manifest.json") } else { shard(file) };
+        let path = match file {
+            3 => newest.join("manifest.json"),
+            4 => newest.join("manifest.xxh3"),
+            rank => shard(rank),
+        };
         let mut bytes = std::fs::read(&path).expect("readable");
-        match kind {
-            0 => bytes.truncate(at.index(bytes.len())),
-            1 => { let i = at.index(bytes.len()); bytes[i] ^= 1 << bit; }
-            2 => bytes.clear(),
-            _ => {}
+        let i = at.index(bytes.len());
+        let damaged = match kind {
+            0 => Some(bytes[..i].to_vec()),
+            1 => { bytes[i] ^= 1 << bit; Some(bytes) }
+            2 => Some(Vec::new()),
+            3 => { bytes.insert(i, bit); Some(bytes) }
+            // Another file of the same checkpoint in its place: the next rank's shard.
+            4 if file < 3 => {
+                let (own, other) = (bytes, std::fs::read(shard((file + 1) % 3)).expect("readable"));
+                std::fs::write(shard((file + 1) % 3), own).expect("written");
+                Some(other)
+            }
+            // The older checkpoint's file of the same name, which may be sound in itself.
+            4 => Some(std::fs::read(folder.path().join(name(1)).join(path.file_name().expect("a name"))).expect("readable")),
+            _ => None,
+        };
+        match damaged {
+            Some(bytes) => std::fs::write(&path, &bytes).expect("written"),
+            None => std::fs::remove_file(&path).expect("removed"),
         }
-        if kind < 3 {
-            std::fs::write(&path, &bytes).expect("written");
-        } else if file == 3 {
-            std::fs::remove_file(&path).expect("removed");
-        } else {
-            // The next rank's shard in its place.
-            std::fs::copy(shard((file + 1) % 3), &path).expect("copied");
-        }
-        let (checkpoint, problems) = latest(folder.path()).expect("one is good");
-        prop_assert_eq!(checkpoint.expect("one").progress().step, 1);
-        prop_assert_eq!(problems.len(), 1);
+        let found = latest(folder.path());
+        prop_assert_eq!(found.checkpoint.expect("one").progress().step, 1);
+        prop_assert_eq!(found.passed_over.len(), 1);
+        // What `checkpoint verify` does.
+        let faults = Checkpoint::open(&newest).map_or_else(|e| vec![e], |checkpoint| checkpoint.faults(&|_| ()));
+        prop_assert!(!faults.is_empty() && faults[0].to_string().contains("step-00000002"), "{:?}", faults);
     }
 }

@@ -20,6 +20,12 @@ impl Config {
             ));
         }
         positive("checkpoint.keep", self.checkpoint.keep as u64)?;
+        let metrics = crate::telemetry::record::MEANS.map(|(name, _)| name);
+        let metric = self.checkpoint.best_metric.as_str();
+        if !metrics.contains(&metric) {
+            let known = format!("known are {}", metrics.join(", "));
+            return Err(ConfigError::value("checkpoint.best_metric", metric, known));
+        }
         positive("sample.batch", self.sample.batch as u64)?;
         if train.steps.checked_mul(train.global_batch as u64).is_none_or(|samples| samples >> 56 != 0) {
             return Err(ConfigError::value(
@@ -44,6 +50,7 @@ impl Config {
             }
         }
         for (key, value) in [
+            ("checkpoint.every_minutes", self.checkpoint.every_minutes),
             ("optimizer.weight_decay", optimizer.weight_decay),
             ("alignment.coefficient", self.alignment.coefficient),
         ] {

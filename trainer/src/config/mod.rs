@@ -65,23 +65,87 @@ impl Default for DeviceName {
 pub struct RunConfig {
     /// Folder of this run: configuration, metrics, checkpoints, samples.
     pub dir: PathBuf,
-    /// What to do where the folder holds checkpoints already.
+    /// Where a run goes on from: `auto` is the newest good checkpoint of its folder, `never` refuses a folder that
+    /// has any, a number is the checkpoint of that step, and a path is another run's folder or checkpoint, where
+    /// this one has none of its own yet.
     pub resume: Resume,
+    /// Weights to start from where there is nothing to go on from: a checkpoint, a run folder, or a weight file.
+    /// Parameters whose name or shape is another keep their first values. Empty for none.
+    pub init_from: PathBuf,
+    /// Which of a checkpoint's weights `run.init_from` takes.
+    pub init_weights: InitWeights,
+    /// Keys that may have other values than in the checkpoint that the run goes on from, though they change the
+    /// model or the data order.
+    pub allow_changed: Vec<String>,
 }
 
-/// What a start does in a folder that holds checkpoints.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+/// Where a start goes on from.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "ResumeValue", into = "ResumeValue")]
 pub enum Resume {
-    /// Goes on from the last good checkpoint.
+    /// The newest good checkpoint, if there is one.
+    #[default]
     Auto,
-    /// Refuses, so that nothing is overwritten.
+    /// Refuses to go on, so that nothing is overwritten.
     Never,
+    /// The checkpoint of this step; later ones are set aside.
+    Step(u64),
+    /// Another run's folder, or a checkpoint.
+    Path(PathBuf),
+}
+
+/// How [`Resume`] is written.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(untagged)]
+enum ResumeValue {
+    Step(u64),
+    Word(String),
+}
+
+impl From<ResumeValue> for Resume {
+    fn from(value: ResumeValue) -> Self {
+        match value {
+            ResumeValue::Step(step) => Self::Step(step),
+            ResumeValue::Word(word) => match word.as_str() {
+                "auto" => Self::Auto,
+                "never" => Self::Never,
+                path => Self::Path(path.into()),
+            },
+        }
+    }
+}
+
+impl From<Resume> for ResumeValue {
+    fn from(resume: Resume) -> Self {
+        match resume {
+            Resume::Auto => Self::Word("auto".into()),
+            Resume::Never => Self::Word("never".into()),
+            Resume::Step(step) => Self::Step(step),
+            Resume::Path(path) => Self::Word(path.to_string_lossy().into_owned()),
+        }
+    }
+}
+
+/// Which of a checkpoint's weights a new run starts from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum InitWeights {
+    /// The moving average.
+    #[default]
+    Ema,
+    /// The weights as they were.
+    Model,
 }
 
 impl Default for RunConfig {
     fn default() -> Self {
-        Self { dir: "runs/default".into(), resume: Resume::Auto }
+        Self {
+            dir: "runs/default".into(),
+            resume: Resume::Auto,
+            init_from: PathBuf::new(),
+            init_weights: InitWeights::Ema,
+            allow_changed: Vec::new(),
+        }
     }
 }
 
@@ -365,15 +429,41 @@ impl Default for CommConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct CheckpointConfig {
+    /// Folder of the checkpoints; empty is `checkpoints` in the run folder. It may be on a disk that each host has
+    /// for itself.
+    pub dir: PathBuf,
     /// Steps between checkpoints; 0 saves at the end only.
     pub every: u64,
-    /// How many are kept.
+    /// Minutes between checkpoints, besides; 0 for none.
+    pub every_minutes: f64,
+    /// How many of the newest are kept.
     pub keep: usize,
+    /// Checkpoints whose step is a multiple of this are kept for ever; 0 for none.
+    pub keep_every: u64,
+    /// How many of the best are kept, by `checkpoint.best_metric`.
+    pub keep_best: usize,
+    /// What the best are chosen by, a mean over the steps since the save before: `loss`, `denoising_loss` or
+    /// `alignment_loss`, each the lower the better.
+    pub best_metric: String,
+    /// Whether a checkpoint is written while training goes on; it costs a copy of what each rank writes, in memory.
+    pub asynchronous: bool,
+    /// Failed saves in a row with which training goes on.
+    pub max_failed: u64,
 }
 
 impl Default for CheckpointConfig {
     fn default() -> Self {
-        Self { every: 50_000, keep: 2 }
+        Self {
+            dir: PathBuf::new(),
+            every: 50_000,
+            every_minutes: 0.0,
+            keep: 2,
+            keep_every: 0,
+            keep_best: 0,
+            best_metric: "loss".into(),
+            asynchronous: true,
+            max_failed: 3,
+        }
     }
 }
 

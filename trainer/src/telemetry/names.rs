@@ -34,8 +34,16 @@ pub const COMMUNICATION_SECONDS: &str = "repa_communication_seconds";
 pub const COMMUNICATION_BUSY_SECONDS: &str = "repa_communication_busy_seconds";
 /// Seconds of a step spent in clipping, AdamW and EMA.
 pub const OPTIMIZER_SECONDS: &str = "repa_optimizer_seconds";
-/// Seconds that saving a checkpoint took.
+/// Seconds from a checkpoint's snapshot until it was durable.
 pub const CHECKPOINT_SECONDS: &str = "repa_checkpoint_seconds";
+/// Seconds that copying the state for a checkpoint kept training waiting.
+pub const CHECKPOINT_SNAPSHOT_SECONDS: &str = "repa_checkpoint_snapshot_seconds";
+/// Step of the last durable checkpoint.
+pub const CHECKPOINT_STEP: &str = "repa_checkpoint_step";
+/// When the last checkpoint became durable, in seconds since 1970.
+pub const CHECKPOINT_TIME: &str = "repa_checkpoint_time_seconds";
+/// Saves that have failed.
+pub const FAILED_CHECKPOINTS: &str = "repa_checkpoint_failures_total";
 /// Bytes of checkpoints that this rank has written.
 pub const CHECKPOINT_BYTES: &str = "repa_checkpoint_bytes_total";
 /// 1, with the run's name, model, version and world size as labels.
@@ -61,6 +69,12 @@ pub fn describe() {
         (LEARNING_RATE, Unit::Count, "Learning rate of the last step"),
         (STEP, Unit::Count, "Optimizer steps done since the run began"),
         (IMAGES_PER_SECOND, Unit::CountPerSecond, "Images trained on per second, all ranks together"),
+        (
+            CHECKPOINT_STEP,
+            Unit::Count,
+            "Step of the last durable checkpoint that this process has seen saved",
+        ),
+        (CHECKPOINT_TIME, Unit::Seconds, "When that checkpoint became durable, in seconds since 1970"),
         (RUN_INFO, Unit::Count, "1, with the run's name, model, version and world size as labels"),
         (RANK_INFO, Unit::Count, "1, with the rank's host, local rank and device as labels"),
     ];
@@ -71,6 +85,7 @@ pub fn describe() {
         (STEPS, Unit::Count, "Optimizer steps that this process has taken part in"),
         (IMAGES, Unit::Count, "Images that this rank has trained on"),
         (SKIPPED_STEPS, Unit::Count, "Steps left out because the gradient was not finite"),
+        (FAILED_CHECKPOINTS, Unit::Count, "Checkpoints that could not be saved"),
         (CHECKPOINT_BYTES, Unit::Bytes, "Bytes of checkpoints that this rank has written"),
     ];
     for (name, unit, help) in counters {
@@ -89,7 +104,8 @@ pub fn describe() {
             "Time that a step's collectives took, hidden behind computation or not, waiting for other ranks included",
         ),
         (OPTIMIZER_SECONDS, "Part of a step spent in clipping, AdamW and EMA"),
-        (CHECKPOINT_SECONDS, "Duration of saving a checkpoint"),
+        (CHECKPOINT_SECONDS, "Time from a checkpoint's snapshot until it was durable, behind training"),
+        (CHECKPOINT_SNAPSHOT_SECONDS, "Time for which a checkpoint's snapshot kept training waiting"),
     ];
     for (name, help) in durations {
         describe_histogram!(name, Unit::Seconds, help);

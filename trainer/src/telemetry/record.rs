@@ -42,6 +42,14 @@ pub struct StepRecord {
     pub communication_busy_seconds: f64,
     /// Of which clipping, AdamW and EMA.
     pub optimizer_seconds: f64,
+    /// Time after the step that a checkpoint kept training waiting.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub snapshot_seconds: f64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
+fn is_zero(x: &f64) -> bool {
+    *x == 0.0
 }
 
 impl StepRecord {
@@ -60,6 +68,7 @@ impl StepRecord {
             &mut self.communication_seconds,
             &mut self.communication_busy_seconds,
             &mut self.optimizer_seconds,
+            &mut self.snapshot_seconds,
         ] {
             *x = significant(*x);
         }
@@ -86,6 +95,13 @@ impl StepRecord {
         histogram!(names::OPTIMIZER_SECONDS).record(self.optimizer_seconds);
     }
 }
+
+/// What a checkpoint keeps the means of, and how a step gives it.
+pub const MEANS: [(&str, fn(&StepRecord) -> f64); 3] = [
+    ("loss", |r| r.loss),
+    ("denoising_loss", |r| r.denoising_loss),
+    ("alignment_loss", |r| r.alignment_loss),
+];
 
 fn significant(x: f64) -> f64 {
     format!("{x:.8e}").parse().unwrap_or(x)
@@ -165,6 +181,7 @@ mod tests {
             communication_seconds: 0.01,
             communication_busy_seconds: 0.03,
             optimizer_seconds: 0.01,
+            snapshot_seconds: 0.0,
         }
         .rounded()
     }

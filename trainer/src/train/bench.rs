@@ -70,7 +70,8 @@ pub fn run(config: &Config, comm: &Arc<dyn Communicator>, steps: usize) -> Resul
         let losses = compute.gradients(&state.params, &batch, scale, &sink);
         let computed = begin.elapsed();
         collector.finish(&mut gradients)?;
-        let mine = Control { denoising: losses.denoising, alignment: losses.alignment, asked: 0.0 };
+        let (denoising, alignment) = (losses.denoising, losses.alignment);
+        let mine = Control { denoising, alignment, ..Control::default() };
         let (_, norm) = update::agree(mine, &gradients, scale, comm.as_ref())?;
         let summed = begin.elapsed();
         let (_, waited) = update::step(&mut state, &mut gradients, norm, config, comm.as_ref())?;

@@ -8,6 +8,7 @@ use crate::data::loader::LoaderError;
 use crate::data::store::StoreError;
 use crate::exit::Kind;
 use crate::telemetry::exporter::ExporterError;
+use crate::weights::WeightsError;
 
 /// What ends a run on this rank.
 #[derive(Debug, thiserror::Error)]
@@ -52,14 +53,45 @@ pub enum TrainError {
     /// The folder holds a run that this configuration does not continue.
     #[error(
         "the run folder {path} holds a run with other settings ({differing}): \
-         take them over, or choose another folder with run.dir=PATH"
+         take them over, choose another folder with run.dir=PATH, or change them with run.allow_changed={keys}"
     )]
     OtherRun {
         /// The folder.
         path: PathBuf,
         /// Keys and both values.
         differing: String,
+        /// The keys alone, as TOML writes them.
+        keys: String,
     },
+    /// Too many saves in a row have failed.
+    #[error(
+        "{count} saves in a row have failed, the last one so: {failure}. The last good checkpoint is {good}; free \
+         space, or set checkpoint.dir to another disk, and start again to go on from it"
+    )]
+    Saves {
+        /// How many.
+        count: u64,
+        /// The last durable checkpoint.
+        good: String,
+        /// Why the last save failed.
+        failure: String,
+    },
+    /// The run ends, and its last state is not durable.
+    #[error(
+        "the state after step {step} could not be saved to {path}; the last good checkpoint is {good}: free space, or \
+         set checkpoint.dir to another disk, and start again to go on from it"
+    )]
+    NotSaved {
+        /// The last step.
+        step: u64,
+        /// Where it should have been.
+        path: PathBuf,
+        /// The last durable checkpoint.
+        good: String,
+    },
+    /// Weights to start from cannot be read.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
     /// The gradient was not finite too often in a row.
     #[error(
         "the gradient was not finite in {count} steps in a row; the first was step {step}, samples {first_sample} \
@@ -86,12 +118,22 @@ pub enum TrainError {
 }
 
 impl TrainError {
+    /// Whether all ranks have it at the same time, because it follows from what all of them know.
+    pub(super) fn is_shared(&self) -> bool {
+        matches!(self, Self::NotFinite { .. } | Self::Saves { .. } | Self::NotSaved { .. })
+    }
+
     /// What kind of error it is, for the exit code.
     pub fn kind(&self) -> Kind {
         match self {
             Self::Config(_) | Self::Folder { .. } | Self::InUse { .. } | Self::OtherRun { .. } => Kind::Usage,
-            Self::Store(_) | Self::Loader(_) | Self::Checkpoint(_) => Kind::Data,
-            Self::Exporter(_) | Self::Comm(_) | Self::NotFinite { .. } | Self::Setup { .. } => Kind::Runtime,
+            Self::Store(_) | Self::Loader(_) | Self::Checkpoint(_) | Self::Weights(_) => Kind::Data,
+            Self::Exporter(_)
+            | Self::Comm(_)
+            | Self::NotFinite { .. }
+            | Self::Saves { .. }
+            | Self::NotSaved { .. }
+            | Self::Setup { .. } => Kind::Runtime,
         }
     }
 }

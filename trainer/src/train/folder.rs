@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, flock};
 
 use super::TrainError;
+use crate::checkpoint::Checkpoints;
+use crate::config::Config;
 
 /// A run folder that this process may write to. The lock goes with the value.
 #[derive(Debug)]
@@ -57,9 +59,42 @@ impl RunFolder {
     }
 }
 
-/// Folder of a run's checkpoints.
-pub fn checkpoints(run: &Path) -> PathBuf {
-    run.join("checkpoints")
+/// The checkpoints of a run of this configuration.
+pub fn checkpoints(config: &Config) -> Checkpoints {
+    match config.checkpoint.dir.as_os_str().is_empty() {
+        true => Checkpoints::at(&config.run.dir.join("checkpoints")),
+        false => Checkpoints::at(&config.checkpoint.dir),
+    }
+}
+
+/// The checkpoints of the run in a folder, which its `config.toml` says where to find; without one they are in the
+/// folder `checkpoints`, or in the folder itself.
+pub fn checkpoints_of(run: &Path) -> Checkpoints {
+    #[derive(serde::Deserialize)]
+    struct Text {
+        #[serde(default)]
+        checkpoint: Section,
+    }
+    #[derive(serde::Deserialize, Default)]
+    struct Section {
+        #[serde(default)]
+        dir: PathBuf,
+    }
+    let text = std::fs::read_to_string(run.join("config.toml")).unwrap_or_default();
+    // What cannot be read says nothing; who needs the rest of it will complain.
+    let dir = toml::from_str::<Text>(&text).map(|text| text.checkpoint.dir).unwrap_or_default();
+    let inside = run.join("checkpoints");
+    if !dir.as_os_str().is_empty() {
+        Checkpoints::at(&dir)
+    } else if inside.is_dir() || !holds_checkpoints(run) {
+        Checkpoints::at(&inside)
+    } else {
+        Checkpoints::at(run)
+    }
+}
+
+fn holds_checkpoints(folder: &Path) -> bool {
+    Checkpoints::at(folder).list().is_ok_and(|listed| !listed.steps.is_empty())
 }
 
 /// Prometheus' target file of a run.

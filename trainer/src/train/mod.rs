@@ -6,9 +6,13 @@ mod compute;
 mod error;
 mod feed;
 mod folder;
+mod gather;
 mod inputs;
-mod saving;
+mod placement;
+mod resume;
+mod saver;
 mod session;
+mod snapshot;
 mod state;
 mod stop;
 mod update;
@@ -20,7 +24,7 @@ use repa_comm::{Communicator, Failure, ReduceOp, RemoteError, all_or_first_error
 
 pub use compute::{Compute, LossSums};
 pub use error::TrainError;
-pub use folder::{RunFolder, checkpoints, targets};
+pub use folder::{RunFolder, checkpoints, checkpoints_of, targets};
 pub use inputs::Inputs;
 pub use session::{device, use_threads};
 pub use state::{Owned, State};
@@ -31,7 +35,7 @@ use crate::exit::Outcome;
 use crate::ops::GradientSink;
 use crate::telemetry::record::StepRecord;
 use buckets::{Exchange, Gradients, Plan};
-use session::{Model, Session};
+use session::Session;
 use state::Skipped;
 use update::Control;
 
@@ -50,24 +54,30 @@ pub fn train(
         if session.state.step >= config.train.steps {
             break Outcome::Done;
         }
-        let stopping = match session.step(config, comm, stop) {
-            Ok(stopping) => stopping,
-            // All ranks see the same gradient, so all come here together.
-            Err(error @ TrainError::NotFinite { .. }) => return agree(comm.as_ref(), Err(error)),
-            // The others wait in a collective that this rank will never reach.
-            Err(error) => repa_comm::abort(i32::from(error.kind().code()), &error.to_string()),
-        };
+        let asked = end_unless_agreed(session.step(config, comm, stop), comm.as_ref())?;
         let step = session.state.step;
+        let last = step == config.train.steps;
         let due = config.checkpoint.every > 0 && step.is_multiple_of(config.checkpoint.every);
-        if due || stopping || step == config.train.steps {
-            saving::save(&session, loaded, comm.as_ref())?;
+        if due || asked.save || asked.stop || last {
+            end_unless_agreed(session.save(config, comm.as_ref(), stop), comm.as_ref())?;
         }
-        if stopping && step < config.train.steps {
+        if asked.stop && !last {
             break Outcome::Stopped;
         }
     };
+    end_unless_agreed(session.settle(comm.as_ref()), comm.as_ref())?;
     agree(comm.as_ref(), session.close(config))?;
     Ok(outcome)
+}
+
+/// An error that all ranks have together is returned; with any other, the others wait in a collective that this rank
+/// will never reach.
+fn end_unless_agreed<T>(result: Result<T, TrainError>, comm: &dyn Communicator) -> Result<T, RemoteError> {
+    match result {
+        Ok(value) => Ok(value),
+        Err(error) if error.is_shared() => agree(comm, Err(error)),
+        Err(error) => repa_comm::abort(i32::from(error.kind().code()), &error.to_string()),
+    }
 }
 
 /// Everything up to the first step. What can fail on one rank alone is agreed on before the next
@@ -80,20 +90,17 @@ fn begin(loaded: &Loaded, comm: &dyn Communicator, stop: &mut StopRequest) -> Re
         Ok((device, data))
     };
     let (device, data) = agree(comm, local())?;
-    saving::same_settings(loaded, comm)?;
+    resume::same_settings(loaded, comm)?;
     // Longer than this counts as for ever.
     const LONGEST: f64 = 1e9;
     comm.set_deadline(Some(Duration::from_secs_f64(config.comm.timeout_seconds.min(LONGEST))));
-    let claimed = if comm.rank() == 0 { saving::claim(loaded, comm, stop).map(Some) } else { Ok(None) };
-    let claimed = agree(comm, claimed)?;
-    let (folder, found) = claimed.map_or((None, None), |(folder, found)| (Some(folder), found));
     comm.set_hierarchical(config.comm.hierarchical);
     let layout = Arc::new(config.sit().layout());
     let plan = Plan::new(&config.sit(), &layout, config.comm.bucket_mib << 20);
     let gradients = Gradients::new(plan, Exchange::new(config), comm);
-    let state = saving::restore(config, comm, found, &layout, Owned::new(gradients.owned().iter().cloned()))?;
-    let model = Model { layout, gradients, state };
-    let session = agree(comm, Session::open(config, comm, &data, &device, model, folder))?;
+    let owned = Owned::new(gradients.owned().iter().cloned());
+    let beginning = resume::begin(loaded, comm, stop, &layout, owned)?;
+    let session = agree(comm, Session::open(config, comm, &data, &device, layout, gradients, beginning))?;
     agree(comm, session.announce(config, comm))?;
     Ok(session)
 }
@@ -104,14 +111,21 @@ fn agree<T>(comm: &dyn Communicator, local: Result<T, TrainError>) -> Result<T, 
     all_or_first_error(comm, local)
 }
 
+/// What any rank was asked to do after a step.
+#[derive(Debug, Clone, Copy)]
+struct Asked {
+    stop: bool,
+    save: bool,
+}
+
 impl Session {
-    /// One optimizer step. Returns whether any rank was asked to stop.
+    /// One optimizer step. Returns what any rank was asked to do.
     fn step(
         &mut self,
         config: &Config,
         comm: &Arc<dyn Communicator>,
         stop: &StopRequest,
-    ) -> Result<bool, TrainError> {
+    ) -> Result<Asked, TrainError> {
         let started = Instant::now();
         comm.set_step(self.state.step + 1);
         let (batch, data_wait) = self.feed.next()?;
@@ -127,8 +141,14 @@ impl Session {
         // What is left of the sums when the backward pass is done: the exposed part of communication.
         let talking = Instant::now();
         let finite = collector.finish(&mut self.gradients)?;
-        let asked = f64::from(u8::from(stop.requested()));
-        let mine = Control { denoising: losses.denoising, alignment: losses.alignment, asked };
+        let flag = |asked: bool| f64::from(u8::from(asked));
+        let mine = Control {
+            denoising: losses.denoising,
+            alignment: losses.alignment,
+            stop: flag(stop.requested()),
+            save: flag(comm.rank() == 0 && (stop.save_requested() || self.saver.due_by_clock())),
+            saving: self.saver.word(comm.as_ref()),
+        };
         let (control, norm) = update::agree(mine, &self.gradients, scale, comm.as_ref())?;
         let exposed = talking.elapsed();
 
@@ -157,10 +177,15 @@ impl Session {
             communication_seconds: (exposed + waited).as_secs_f64(),
             communication_busy_seconds: (comm.traffic().busy - talked).as_secs_f64(),
             optimizer_seconds: optimizer.as_secs_f64(),
+            snapshot_seconds: self.saver.stalled().as_secs_f64(),
         };
+        self.saver.observe(&record);
         self.tell(&record.rounded(), batch.len(), config)?;
         self.feed.recycle(batch);
-        Ok(control.asked > 0.0)
+        if let Some(event) = self.saver.learn(control.saving, comm.as_ref())? {
+            self.say(&event);
+        }
+        Ok(Asked { stop: control.stop > 0.0, save: control.save > 0.0 })
     }
 
     /// Ends the run after too many steps in a row whose gradient was not finite for no good reason.

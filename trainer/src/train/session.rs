@@ -8,7 +8,9 @@ use repa_comm::Communicator;
 use super::buckets::Gradients;
 use super::feed::{Data, Feed};
 use super::folder::{self, RunFolder};
-use super::{Compute, State, TrainError};
+use super::resume::Beginning;
+use super::saver::{Event, Saver};
+use super::{Compute, State, StopRequest, TrainError};
 use crate::Device;
 use crate::config::{Config, ConfigError, Loaded};
 use crate::data::loader::LoaderPlan;
@@ -17,13 +19,6 @@ use crate::telemetry::exporter::{self, Identity};
 use crate::telemetry::progress::Progress;
 use crate::telemetry::record::{RunLog, StepRecord, log_path};
 
-/// What is trained, and how.
-pub(super) struct Model {
-    pub(super) layout: Arc<Layout>,
-    pub(super) gradients: Gradients,
-    pub(super) state: State,
-}
-
 /// One rank's part of a run.
 pub(super) struct Session {
     pub(super) layout: Arc<Layout>,
@@ -31,10 +26,13 @@ pub(super) struct Session {
     pub(super) compute: Compute,
     pub(super) gradients: Gradients,
     pub(super) feed: Feed,
+    pub(super) saver: Saver,
     pub(super) skipped_in_a_row: u64,
     /// Step and lowest rank at which the present row of skipped steps began.
     pub(super) first_skipped: (u64, usize),
     metrics: Option<SocketAddr>,
+    /// What to say of how the run began.
+    said: Vec<String>,
     /// What only rank 0 has.
     lead: Option<Lead>,
 }
@@ -48,19 +46,20 @@ pub(super) struct Lead {
 }
 
 impl Session {
-    /// Sets up a rank that begins with `model`. `folder` is rank 0's.
+    /// Sets up a rank.
     pub(super) fn open(
         config: &Config,
         comm: &dyn Communicator,
         data: &Data,
         device: &Device,
-        model: Model,
-        folder: Option<RunFolder>,
+        layout: Arc<Layout>,
+        gradients: Gradients,
+        beginning: Beginning,
     ) -> Result<Self, TrainError> {
-        let Model { layout, gradients, state } = model;
+        let Beginning { folder, checkpoints, placement, state, branch, durable, said } = beginning;
         let plan = LoaderPlan {
             seed: config.train.seed,
-            start_sample: state.step * config.train.global_batch as u64,
+            start_sample: state.samples,
             global_batch: config.train.global_batch,
             rank: comm.rank(),
             world: comm.size(),
@@ -90,6 +89,10 @@ impl Session {
                 Ok::<_, TrainError>(Lead { _folder: folder, log, progress })
             })
             .transpose()?;
+        let mut saver = Saver::new(config, checkpoints, &layout, placement, &state, branch, comm)?;
+        if durable {
+            saver.is_durable(state.step);
+        }
         Ok(Self {
             compute: Compute::new(config, &layout, data.index(), device),
             gradients,
@@ -98,7 +101,9 @@ impl Session {
             first_skipped: (0, 0),
             layout,
             state,
+            saver,
             metrics,
+            said,
             lead,
         })
     }
@@ -139,6 +144,7 @@ impl Session {
                 config.train.steps
             )),
         }
+        self.said.iter().cloned().for_each(say);
         Ok(())
     }
 
@@ -158,6 +164,35 @@ impl Session {
         })?;
         lead.progress.step(record);
         Ok(())
+    }
+
+    /// Saves the state as it is now, while training goes on.
+    pub(super) fn save(
+        &mut self,
+        config: &Config,
+        comm: &dyn Communicator,
+        stop: &StopRequest,
+    ) -> Result<(), TrainError> {
+        if let Err(error) = stop.save_begun() {
+            tracing::warn!("cannot remove the file SAVE, so that every step will save: {error}");
+        }
+        let events = self.saver.save(&self.state, config, comm)?;
+        events.iter().for_each(|event| self.say(event));
+        Ok(())
+    }
+
+    /// Waits for the last save, which has to be this state's.
+    pub(super) fn settle(&mut self, comm: &dyn Communicator) -> Result<(), TrainError> {
+        let events = self.saver.drain(comm)?;
+        events.iter().for_each(|event| self.say(event));
+        self.saver.check_durable(self.state.step)
+    }
+
+    /// Says what has become of a save, on rank 0.
+    pub(super) fn say(&self, event: &Event) {
+        if let (Some(lead), Event::Failed(failure)) = (&self.lead, event) {
+            lead.progress.line(failure);
+        }
     }
 
     /// Ends the rank's part: empties the target file and lets go of the folder.

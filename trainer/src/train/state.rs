@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use crate::checkpoint::Progress;
 use crate::config::Config;
 use crate::objective::LossScaler;
 use crate::optim::{AdamW, clip_coefficient, ema_update};
@@ -69,6 +70,8 @@ impl Owned {
 pub struct State {
     /// Optimizer steps done, skipped ones included.
     pub step: u64,
+    /// Samples seen, over all ranks: where the data order goes on.
+    pub samples: u64,
     /// Steps that AdamW has made; its bias correction counts these.
     pub updates: u64,
     /// Weights, all of them.
@@ -105,10 +108,15 @@ pub(super) enum Skipped {
 impl State {
     /// The state before the first step, of a rank that keeps the optimizer's state of `owned`.
     pub fn new(layout: &Layout, seed: u64, owned: Owned) -> Self {
-        let params = layout.initial_values(seed);
+        Self::starting_at(layout.initial_values(seed), owned)
+    }
+
+    /// The state before the first step, with these weights.
+    pub fn starting_at(params: Vec<f32>, owned: Owned) -> Self {
         let zeros = vec![0.0; owned.len()];
         Self {
             step: 0,
+            samples: 0,
             updates: 0,
             ema: owned.of(&params),
             owned,
@@ -117,6 +125,13 @@ impl State {
             exp_avg_sq: zeros,
             scaler: LossScaler::default(),
         }
+    }
+
+    /// The state that a checkpoint holds: weights, and of `owned` the moving average and both moments.
+    pub(super) fn resumed(progress: &Progress, owned: Owned, arrays: [Vec<f32>; 4]) -> Self {
+        let [params, ema, exp_avg, exp_avg_sq] = arrays;
+        let Progress { step, samples, updates, scaler } = *progress;
+        Self { step, samples, updates, params, owned, ema, exp_avg, exp_avg_sq, scaler }
     }
 
     /// What the loss is multiplied by before the backward pass.
@@ -140,6 +155,7 @@ impl State {
         let scaling = config.train.precision.needs_loss_scaling();
         let (scale, learning_rate) = (self.loss_scale(config), self.learning_rate(config));
         self.step += 1;
+        self.samples += config.train.global_batch as u64;
         if !norm.is_finite() {
             let expected = scaling && self.scaler.record_overflow();
             return Err(if expected { Skipped::Overflowed } else { Skipped::NotFinite });
@@ -221,7 +237,7 @@ mod tests {
         let before = state.clone();
         let outcome = advance(&mut state, &config, &[1.0, f32::NAN, 0.0], f64::NAN);
         assert_eq!(outcome, Err(Skipped::NotFinite));
-        assert_eq!(state, State { step: 1, ..before });
+        assert_eq!(state, State { step: 1, samples: config.train.global_batch as u64, ..before });
         assert_eq!(advance(&mut state, &config, &[1.0, 2.0, 2.0], 3.0), Ok(()));
         assert!(state.params.iter().all(|&w| w < 1.0) && state.updates == 1);
     }

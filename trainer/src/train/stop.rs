@@ -1,4 +1,4 @@
-//! Requests to stop: SIGUSR1, SIGTERM, or a file `STOP` in the run folder.
+//! Requests to stop: SIGUSR1, SIGTERM, or a file `STOP` in the run folder; and to save and go on: a file `SAVE`.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,8 @@ use signal_hook::consts::{SIGTERM, SIGUSR1};
 #[derive(Debug, Clone)]
 pub struct StopRequest {
     signalled: Arc<AtomicBool>,
-    file: Option<PathBuf>,
+    /// The run folder, on the rank that watches it.
+    run: Option<PathBuf>,
 }
 
 impl StopRequest {
@@ -26,25 +27,50 @@ impl StopRequest {
             signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, signalled.clone())?;
             signal_hook::flag::register(signal, signalled.clone())?;
         }
-        Ok(Self { signalled, file: None })
+        Ok(Self { signalled, run: None })
     }
 
-    /// Watches for the file `STOP` in a run folder as well. One left over from an earlier run is
-    /// removed.
+    /// Watches for the files `STOP` and `SAVE` in a run folder as well. Ones left over from an earlier run are removed.
     ///
     /// # Errors
-    /// The old file cannot be removed.
+    /// An old file cannot be removed.
     pub fn watch(&mut self, run: &Path) -> io::Result<()> {
-        let file = run.join("STOP");
-        match std::fs::remove_file(&file) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-            _ => self.file = Some(file),
+        for file in [STOP, SAVE] {
+            remove(&run.join(file))?;
         }
+        self.run = Some(run.to_owned());
         Ok(())
     }
 
     /// Whether this rank has been asked to stop.
     pub fn requested(&self) -> bool {
-        self.signalled.load(Ordering::Relaxed) || self.file.as_ref().is_some_and(|f| f.exists())
+        self.signalled.load(Ordering::Relaxed) || self.asked_by(STOP)
+    }
+
+    /// Whether this rank has been asked to save and go on.
+    pub fn save_requested(&self) -> bool {
+        self.asked_by(SAVE)
+    }
+
+    /// Takes the request to save away, so that the next one is seen.
+    ///
+    /// # Errors
+    /// The file cannot be removed.
+    pub fn save_begun(&self) -> io::Result<()> {
+        self.run.as_ref().map_or(Ok(()), |run| remove(&run.join(SAVE)))
+    }
+
+    fn asked_by(&self, file: &str) -> bool {
+        self.run.as_ref().is_some_and(|run| run.join(file).exists())
+    }
+}
+
+const STOP: &str = "STOP";
+const SAVE: &str = "SAVE";
+
+fn remove(file: &Path) -> io::Result<()> {
+    match std::fs::remove_file(file) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
     }
 }

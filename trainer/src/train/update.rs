@@ -6,23 +6,28 @@ use repa_comm::{CommError, Communicator, ReduceOp};
 
 use super::State;
 use super::buckets::Gradients;
+use super::saver;
 use super::state::Skipped;
 use crate::config::Config;
 use crate::optim::squared_norm_of;
 
-/// What all ranks know of a step before they take it: sums over the ranks.
-#[derive(Debug, Clone, Copy)]
+/// The step's control word: what every rank tells, and sums over the ranks once they have agreed.
+#[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Control {
-    /// Losses of all samples.
+    /// Losses of the samples.
     pub(super) denoising: f64,
     /// As above.
     pub(super) alignment: f64,
     /// Ranks that were asked to stop.
-    pub(super) asked: f64,
+    pub(super) stop: f64,
+    /// Ranks that were asked to save.
+    pub(super) save: f64,
+    /// How the save that goes on stands.
+    pub(super) saving: saver::Word,
 }
 
-/// Adds up every rank's part of the control word, and gives the gradients' global norm with it, without the loss
-/// scale. The step's one small collective.
+/// Adds up every rank's control word, and gives the gradients' global norm with it, without the loss scale. The
+/// step's one small collective.
 ///
 /// # Errors
 /// The ranks could not talk.
@@ -35,10 +40,12 @@ pub(super) fn agree(
     // Where all ranks have all sums, one of them is enough, and no order of additions differs from a single rank's.
     let counts = gradients.sharded() || comm.rank() == 0;
     let squared = if counts { squared_norm_of(gradients.pieces().map(|(_, values)| values)) } else { 0.0 };
-    let mut word = [mine.denoising, mine.alignment, mine.asked, squared];
+    let Control { denoising, alignment, stop, save, saving } = mine;
+    let mut word = [denoising, alignment, stop, save, saving.done, saving.failed, squared];
     comm.all_reduce_f64(&mut word, ReduceOp::Sum)?;
-    let [denoising, alignment, asked, squared] = word;
-    Ok((Control { denoising, alignment, asked }, squared.sqrt() / f64::from(scale)))
+    let [denoising, alignment, stop, save, done, failed, squared] = word;
+    let saving = saver::Word { done, failed };
+    Ok((Control { denoising, alignment, stop, save, saving }, squared.sqrt() / f64::from(scale)))
 }
 
 /// Takes the step by gradients of this norm, or leaves it out. The second value is how long the rank waited for

@@ -67,7 +67,7 @@ pub fn export(
         .map_err(|e| e.to_string())
         .and_then(|config| config.sit().validate().map(|()| config).map_err(|e| e.to_string()));
     let config = config.map_err(|problem| {
-        CheckpointError::damaged(checkpoint.dir(), format!("its configuration cannot be read: {problem}"))
+        CheckpointError::damaged(&checkpoint.dir(), format!("its configuration cannot be read: {problem}"))
     })?;
     let layout = config.sit().layout();
     for &array in contents.arrays() {

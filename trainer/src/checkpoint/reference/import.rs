@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::source::{Foreign, Moments, Slot};
 use super::{ReferenceError, infer};
-use crate::checkpoint::{Array, Arrays, Frozen, Progress, begin, commit, list, write_shard};
+use crate::checkpoint::{About, Array, Arrays, Checkpoints, Frozen, Progress};
 use crate::config::Config;
 use crate::objective::LossScaler;
 use crate::params::{Entry, Layout};
@@ -57,7 +57,8 @@ pub fn import(
     options: &Options,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Imported, ReferenceError> {
-    if let Some((step, _)) = list(folder)?.steps.last() {
+    let checkpoints = Checkpoints::at(folder);
+    if let Some(step) = checkpoints.list()?.steps.last() {
         return Err(ReferenceError::Occupied { path: folder.to_owned(), step: *step });
     }
     let mut foreign = Foreign::open(file)?;
@@ -110,10 +111,17 @@ pub fn import(
         .iter()
         .map(|(array, number, values)| Frozen { array: *array, number: *number, values })
         .collect();
-    let dir = begin(folder, progress.step)?;
-    let record = write_shard(&dir, &layout, &arrays.parts(0, 1), &frozen, 0, 1)?;
-    let json = serde_json::to_value(&config).expect("the configuration serialises");
-    let path = commit(folder, &layout, progress, json, vec![record])?;
+    checkpoints.discard_unfinished()?;
+    let record = checkpoints.write_shard(progress.step, &layout, &arrays.parts(0, 1), &frozen, (0, 1))?;
+    let about = About {
+        progress,
+        config: serde_json::to_value(&config).expect("the configuration serialises"),
+        metrics: Default::default(),
+        branch: None,
+        node_local: false,
+    };
+    checkpoints.commit(&layout, about, vec![record])?;
+    let path = checkpoints.path(progress.step);
     Ok(Imported { path, progress, config, assumed })
 }
 

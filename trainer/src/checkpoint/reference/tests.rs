@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use proptest::prelude::*;
 
 use super::*;
-use crate::checkpoint::{Array, Arrays, Checkpoint, Progress, begin, commit, write_shard};
+use crate::checkpoint::{About, Array, Arrays, Checkpoint, Checkpoints, Progress};
 use crate::config::Config;
 use crate::model::SitConfig;
 use crate::objective::LossScaler;
@@ -285,14 +285,19 @@ fn weights_alone_carry_the_reference_names_and_the_frozen_ones() {
     let flat = |salt: f32| (0..layout.trainable_len()).map(|i| salt + i as f32).collect::<Vec<f32>>();
     let (model, ema, zeros) = (flat(0.5), flat(0.25), vec![0.0; layout.trainable_len()]);
     let arrays = Arrays { model: &model, ema: &ema, exp_avg: &zeros, exp_avg_sq: &zeros };
-    let dir = begin(folder.path(), 9).expect("begun");
-    let records = (0..3)
-        .map(|rank| write_shard(&dir, &layout, &arrays.parts(rank, 3), &[], rank, 3).expect("written"))
-        .collect();
-    let progress = Progress { step: 9, samples: 0, updates: 9, scaler: LossScaler::default() };
-    let json = serde_json::to_value(&config).expect("JSON");
-    let saved = commit(folder.path(), &layout, progress, json, records).expect("committed");
-    let checkpoint = Checkpoint::open(&saved).expect("whole");
+    let checkpoints = Checkpoints::at(folder.path());
+    let write =
+        |rank| checkpoints.write_shard(9, &layout, &arrays.parts(rank, 3), &[], (rank, 3)).expect("written");
+    let records = (0..3).map(write).collect();
+    let about = About {
+        progress: Progress { step: 9, samples: 0, updates: 9, scaler: LossScaler::default() },
+        config: serde_json::to_value(&config).expect("JSON"),
+        metrics: Default::default(),
+        branch: None,
+        node_local: false,
+    };
+    checkpoints.commit(&layout, about, records).expect("committed");
+    let checkpoint = Checkpoint::open(&checkpoints.path(9)).expect("whole");
     for (contents, expected) in [(Contents::Model, &model), (Contents::Ema, &ema)] {
         let out = folder.path().join("weights.safetensors");
         export(&checkpoint, contents, &out, MAX_FILE_BYTES, &mut quiet).expect("exported");

@@ -1,0 +1,305 @@
+//! What a run goes on from: a checkpoint of its own, another run's, weights to start from, or nothing.
+
+use std::path::Path;
+
+use repa_comm::{Communicator, RemoteError};
+
+use super::folder::{RunFolder, checkpoints};
+use super::gather::{self, Candidate, Wanted};
+use super::placement::Placement;
+use super::{Owned, State, StopRequest, TrainError, agree};
+use crate::checkpoint::{Array, Checkpoint, Checkpoints};
+use crate::config::{Config, ConfigError, InitWeights, Loaded, Resume};
+use crate::params::Layout;
+use crate::weights::Weights;
+
+/// Sections of the configuration that decide the weights and the data order: a run goes on only with
+/// the same.
+const DECISIVE: [&str; 6] =
+    ["model.", "alignment.", "objective.", "train.seed", "train.global_batch", "data.flip"];
+
+/// Of those, what may be elsewhere on another machine.
+const PLACES: [&str; 1] = ["alignment.encoders"];
+
+/// Checks that all ranks have the same settings: they read their files and environments themselves.
+pub(super) fn same_settings(loaded: &Loaded, comm: &dyn Communicator) -> Result<(), RemoteError> {
+    let mine: Vec<String> =
+        loaded.entries().into_iter().map(|(key, value, _)| format!("{key} = {value}")).collect();
+    let gathered = comm.all_gather_bytes(mine.join("\n").as_bytes()).map_err(TrainError::from);
+    let local = gathered.and_then(|all| {
+        let first = String::from_utf8_lossy(&all[0]).into_owned();
+        let differing = first.lines().zip(&mine).find(|(theirs, mine)| theirs != mine);
+        match differing {
+            None => Ok(()),
+            Some((theirs, mine)) => {
+                let (key, value) = mine.split_once(" = ").unwrap_or((mine, ""));
+                let problem =
+                    format!("rank 0 has {theirs}; give all ranks the same file, environment and arguments");
+                Err(ConfigError::value(key, value, problem).into())
+            }
+        }
+    });
+    agree(comm, local)
+}
+
+/// What a rank begins with.
+pub(super) struct Beginning {
+    /// Rank 0's.
+    pub(super) folder: Option<RunFolder>,
+    pub(super) checkpoints: Checkpoints,
+    pub(super) placement: Placement,
+    pub(super) state: State,
+    /// The step that the run was sent back to last, if it was.
+    pub(super) branch: Option<u64>,
+    /// Whether the state is a durable checkpoint of this run.
+    pub(super) durable: bool,
+    /// What rank 0 should say of it.
+    pub(super) said: Vec<String>,
+}
+
+/// Takes the run folder, finds what to go on from, and reads it. Called by all ranks.
+pub(super) fn begin(
+    loaded: &Loaded,
+    comm: &dyn Communicator,
+    stop: &mut StopRequest,
+    layout: &Layout,
+    owned: Owned,
+) -> Result<Beginning, RemoteError> {
+    let config = &loaded.config;
+    let claimed = if comm.rank() == 0 { claim(config, comm, stop).map(Some) } else { Ok(None) };
+    let folder = agree(comm, claimed)?;
+    let own = checkpoints(config);
+    let placement = Placement::find(&own, comm)?;
+    let leads = placement.leader == comm.rank();
+    let mut said = Vec::new();
+
+    // Of this run's own checkpoints, or of another's where it has none yet.
+    let wanted = match config.run.resume {
+        Resume::Step(step) => Wanted::Branch(step),
+        _ => Wanted::Newest,
+    };
+    let mut found = gather::find(&own, &placement, wanted, &mut said, comm)?;
+    let durable = found.is_some();
+    if let Some(found) = &found
+        && config.run.resume == Resume::Never
+    {
+        return agree(comm, Err(refuse(config, found)));
+    }
+    let mut other = None;
+    if let (None, Resume::Path(path)) = (&found, &config.run.resume) {
+        let (theirs, wanted) = agree(comm, elsewhere(path))?;
+        let placement = Placement::find(&theirs, comm)?;
+        found = gather::find(&theirs, &placement, wanted, &mut said, comm)?;
+        if found.is_none() {
+            let problem = "it holds no checkpoint";
+            let error = ConfigError::value("run.resume", path.display(), problem);
+            return agree(comm, Err(error.into()));
+        }
+        other = Some((theirs, placement));
+    }
+    let branch = match (&found, wanted) {
+        (Some(found), Wanted::Branch(step)) => agree(comm, go_back(&own, found, step, leads, &mut said))?,
+        (Some(found), _) => found.checkpoint.manifest().branch,
+        (None, _) => None,
+    };
+    let state = match &found {
+        Some(found) => {
+            agree(comm, same_run(config, &found.checkpoint))?;
+            let placement = other.as_ref().map_or(&placement, |(_, placement)| placement);
+            gather::load(found, placement, layout, owned, comm)?
+        }
+        None => agree(comm, fresh(config, layout, owned, &mut said))?,
+    };
+    // Nothing else writes there now.
+    let cleared = if leads { own.discard_unfinished() } else { Ok(Vec::new()) };
+    for unfinished in agree(comm, cleared.map_err(TrainError::from))? {
+        said.push(format!("cleared away {unfinished}, a save that was cut short"));
+    }
+    let written = match &folder {
+        Some(folder) => folder.write("config.toml", &super::session::config_text(loaded)),
+        None => Ok(()),
+    };
+    agree(comm, written)?;
+    Ok(Beginning {
+        folder,
+        checkpoints: own,
+        placement,
+        state,
+        branch,
+        durable: durable && other.is_none(),
+        said,
+    })
+}
+
+/// Rank 0 takes the run folder.
+fn claim(config: &Config, comm: &dyn Communicator, stop: &mut StopRequest) -> Result<RunFolder, TrainError> {
+    let folder = RunFolder::claim(&config.run.dir, comm.host())?;
+    stop.watch(&config.run.dir).map_err(|source| TrainError::Folder {
+        path: config.run.dir.clone(),
+        problem: "write to",
+        source,
+    })?;
+    Ok(folder)
+}
+
+fn refuse(config: &Config, found: &Candidate) -> TrainError {
+    let problem = format!(
+        "{} holds checkpoints up to step {}: set run.resume=auto to go on from there, or choose another folder with \
+         run.dir=PATH",
+        config.run.dir.display(),
+        found.checkpoint.progress().step
+    );
+    ConfigError::value("run.resume", "never", problem).into()
+}
+
+/// The checkpoints that `run.resume=PATH` means, and which of them.
+fn elsewhere(path: &Path) -> Result<(Checkpoints, Wanted), TrainError> {
+    if let Some((checkpoints, step)) = crate::checkpoint::split(path) {
+        return Ok((checkpoints, Wanted::Step(step)));
+    }
+    if !path.is_dir() {
+        let problem = "it is neither auto nor never, nor a step's number, nor a folder that is there";
+        return Err(ConfigError::value("run.resume", path.display(), problem).into());
+    }
+    Ok((super::folder::checkpoints_of(path), Wanted::Newest))
+}
+
+/// Goes back to a step of the run's own, once: a start with the same settings after that goes on from the newest.
+fn go_back(
+    own: &Checkpoints,
+    found: &Candidate,
+    step: u64,
+    leads: bool,
+    said: &mut Vec<String>,
+) -> Result<Option<u64>, TrainError> {
+    if found.checkpoint.progress().step != step {
+        return Ok(found.checkpoint.manifest().branch);
+    }
+    if leads {
+        for path in own.set_aside_after(step)? {
+            said.push(format!("set aside a later checkpoint: {}", path.display()));
+        }
+    }
+    Ok(Some(step))
+}
+
+/// Refuses to go on with settings that would change what the run is.
+fn same_run(config: &Config, found: &Checkpoint) -> Result<(), TrainError> {
+    let now = serde_json::to_value(config).expect("the configuration serialises");
+    let mut differing = Vec::new();
+    let default = serde_json::to_value(Config::default()).expect("the configuration serialises");
+    compare("", [&found.manifest().config, &default], &now, &mut |key, then, now| {
+        let decisive = DECISIVE.iter().any(|part| key.starts_with(part)) && !PLACES.contains(&key);
+        if decisive && !config.run.allow_changed.iter().any(|allowed| allowed == key) {
+            differing.push((key.to_owned(), format!("{key} was {then} and is {now}")));
+        }
+    });
+    if differing.is_empty() {
+        return Ok(());
+    }
+    let (keys, sentences): (Vec<String>, Vec<String>) = differing.into_iter().unzip();
+    Err(TrainError::OtherRun {
+        path: config.run.dir.clone(),
+        differing: sentences.join(", "),
+        keys: format!("{keys:?}"),
+    })
+}
+
+type Json = serde_json::Value;
+
+/// Calls `visit` for every key whose values differ. A key that the older configuration lacks, because the
+/// program did not have it then, had its default value.
+fn compare(prefix: &str, [then, default]: [&Json; 2], now: &Json, visit: &mut dyn FnMut(&str, &Json, &Json)) {
+    match (then, now) {
+        (Json::Object(a), Json::Object(b)) => {
+            for (key, now) in b {
+                let path = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+                let default = default.get(key).unwrap_or(&Json::Null);
+                compare(&path, [a.get(key).unwrap_or(default), default], now, visit);
+            }
+        }
+        _ if then != now => visit(prefix, then, now),
+        _ => {}
+    }
+}
+
+/// The state before the first step: drawn, or with weights from elsewhere.
+fn fresh(
+    config: &Config,
+    layout: &Layout,
+    owned: Owned,
+    said: &mut Vec<String>,
+) -> Result<State, TrainError> {
+    let from = &config.run.init_from;
+    if from.as_os_str().is_empty() {
+        return Ok(State::new(layout, config.train.seed, owned));
+    }
+    let mut params = layout.initial_values(config.train.seed);
+    let (mut taken, mut left) = (0, Vec::new());
+    let source = InitSource::open(from, config.run.init_weights)?;
+    for entry in layout.entries().iter().filter(|entry| entry.trainable) {
+        match source.values(&entry.name, &entry.shape)? {
+            Some(values) => {
+                params[entry.offset..entry.offset + entry.len()].copy_from_slice(&values);
+                taken += 1;
+            }
+            None => left.push(entry.name.as_str()),
+        }
+    }
+    if taken == 0 {
+        let problem = "none of its tensors has the name and shape of a parameter of this model";
+        return Err(ConfigError::value("run.init_from", from.display(), problem).into());
+    }
+    let mut sentence = format!("start from {taken} of {} tensors of {}", taken + left.len(), from.display());
+    if !left.is_empty() {
+        let more = if left.len() > 6 { format!(" and {} more", left.len() - 6) } else { String::new() };
+        let first: Vec<&str> = left.iter().copied().take(6).collect();
+        sentence += &format!("; these keep their first values: {}{more}", first.join(", "));
+    }
+    said.push(sentence);
+    Ok(State::starting_at(params, owned))
+}
+
+/// Weights by name, from a checkpoint of ours or a weight file.
+enum InitSource {
+    Checkpoint(Box<Checkpoint>, Array),
+    File(Box<Weights>),
+}
+
+impl InitSource {
+    fn open(path: &Path, which: InitWeights) -> Result<Self, TrainError> {
+        let array = match which {
+            InitWeights::Ema => Array::Ema,
+            InitWeights::Model => Array::Model,
+        };
+        let checked = |checkpoint: Checkpoint| {
+            checkpoint.verify()?;
+            Ok(Self::Checkpoint(Box::new(checkpoint), array))
+        };
+        if crate::checkpoint::split(path).is_some() {
+            return Checkpoint::open(path).and_then(checked).map_err(TrainError::from);
+        }
+        if path.is_dir() {
+            let found = super::folder::checkpoints_of(path).latest()?;
+            if let Some(checkpoint) = found.checkpoint {
+                return Ok(Self::Checkpoint(Box::new(checkpoint), array));
+            }
+        }
+        Ok(Self::File(Box::new(Weights::open(path)?)))
+    }
+
+    /// None where there is no such tensor, or it has another shape.
+    fn values(&self, name: &str, shape: &[usize]) -> Result<Option<Vec<f32>>, TrainError> {
+        match self {
+            Self::Checkpoint(checkpoint, array) => {
+                let tensors = checkpoint.manifest().tensors.get(array);
+                let same = tensors.and_then(|t| t.get(name)).is_some_and(|tensor| tensor.shape == shape);
+                Ok(if same { checkpoint.tensor(*array, name)? } else { None })
+            }
+            Self::File(weights) => match weights.tensors.get(name).filter(|t| t.shape == shape) {
+                Some(_) => Ok(Some(weights.f32(name)?)),
+                None => Ok(None),
+            },
+        }
+    }
+}
