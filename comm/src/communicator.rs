@@ -1,10 +1,11 @@
 //! The interface that training sees.
 
 use crate::reduce::Phases;
-use crate::{Call, CommError, Topology};
+use crate::{Board, Call, CommError, Topology};
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
@@ -120,6 +121,8 @@ pub trait Communicator: Send + Sync {
 
     /// Tells which training step goes on, for messages.
     fn set_step(&self, step: u64);
+    /// Gives the board that is told of collectives and asked at a missed deadline; [`Board::start`] does.
+    fn set_board(&self, _board: Arc<Board>) {}
     /// Whether sums of float32 are taken within each node first and between the nodes after, where nodes have
     /// equally many ranks and more than one. Another order of additions, and less on the network. The same on all
     /// ranks; true at the start.

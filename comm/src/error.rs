@@ -74,8 +74,8 @@ impl fmt::Display for Call {
 pub enum CommError {
     /// Some ranks did not come in time.
     #[error(
-        "{call} on rank {rank} of {size} gave up after {:.1} s waiting for {}",
-        waited.as_secs_f64(), describe_missing(missing)
+        "{call} on rank {rank} of {size} gave up after {:.1} s waiting for {}{}",
+        waited.as_secs_f64(), describe_missing(missing), describe_board(board)
     )]
     Deadline {
         /// The operation that waited.
@@ -88,6 +88,8 @@ pub enum CommError {
         waited: Duration,
         /// The ranks that had not arrived, ascending (as far as this rank can see).
         missing: Vec<usize>,
+        /// What the status board says of those that are late, if there is one.
+        board: Option<String>,
     },
     /// MPI reported an error.
     #[error("{call} on rank {rank} of {size}: MPI error {code}: {text}")]
@@ -137,6 +139,11 @@ pub enum CommError {
 
 fn cause_of(cause: &Option<String>) -> String {
     cause.as_ref().map(|cause| format!(" (earlier error: {cause})")).unwrap_or_default()
+}
+
+fn describe_board(board: &Option<String>) -> String {
+    let lines = board.as_ref().filter(|board| !board.is_empty());
+    lines.map(|board| format!(" ({})", board.replace('\n', "; "))).unwrap_or_default()
 }
 
 /// "rank 3", "ranks 0, 2", or "the other ranks" when none is known.

@@ -10,6 +10,7 @@
 pub mod abort;
 pub mod agreement;
 pub mod bench;
+pub mod board;
 mod communicator;
 pub mod environment;
 mod error;
@@ -20,6 +21,7 @@ mod topology;
 
 pub use abort::{abort, install_panic_hook};
 pub use agreement::{Failure, RemoteError, all_or_first_error, end_with};
+pub use board::Board;
 pub use communicator::{
     Background, Communicator, Pending, ReduceOp, Traffic, Values, Wire, all_gather, shard_range,
 };

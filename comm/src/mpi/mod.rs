@@ -17,18 +17,18 @@ use crate::communicator::PendingState;
 use crate::environment::Options;
 use crate::reduce::{Element, Phases};
 use crate::{
-    Background, Call, Collective, CommError, Communicator, Pending, ReduceOp, Topology, Traffic, Values,
-    shard_range,
+    Background, Board, Call, Collective, CommError, Communicator, Pending, ReduceOp, Topology, Traffic,
+    Values, shard_range,
 };
 use hierarchy::Place;
 use mpi::ffi;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
-use thread::{Engine, Manner, Order, Spent};
+use thread::{Engine, Manner, Order, Spent, with_board};
 
 /// Whether MPI runs and takes calls from any thread, so that `abort` may call it.
 static ABORTABLE: AtomicBool = AtomicBool::new(false);
@@ -72,6 +72,7 @@ pub struct Mpi {
     /// This rank's place in two levels, where there are two.
     place: Option<Place>,
     spent: Arc<Spent>,
+    board: OnceLock<Arc<Board>>,
 }
 
 /// No training step goes on.
@@ -120,6 +121,7 @@ impl Mpi {
             hierarchical: AtomicBool::new(true),
             place,
             spent,
+            board: OnceLock::new(),
         })
     }
 
@@ -218,6 +220,14 @@ impl Communicator for Mpi {
         self.step.store(step, Ordering::Relaxed);
     }
 
+    /// The first one counts.
+    fn set_board(&self, board: Arc<Board>) {
+        if self.board.set(Arc::clone(&board)).is_ok() {
+            // Between the same two collectives on all ranks, so that their numbers can be compared.
+            self.submit(Box::new(move |engine| engine.board = Some(board)));
+        }
+    }
+
     fn set_hierarchical(&self, hierarchical: bool) {
         self.hierarchical.store(hierarchical, Ordering::Relaxed);
     }
@@ -305,20 +315,19 @@ impl Communicator for Mpi {
         drop(orders);
         let ended = self.ended.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let waited = self.deadline();
+        let (call, rank, size) = (self.call(Collective::Finalize, None), self.rank(), self.size());
+        let board = self.board.get().map(Arc::as_ref);
+        if let Some(board) = board {
+            board.entered(call);
+        }
         let late = match waited {
             Some(limit) => ended.recv_timeout(limit) == Err(std::sync::mpsc::RecvTimeoutError::Timeout),
             None => ended.recv().is_ok(),
         };
-        let (call, rank, size) = (self.call(Collective::Finalize, None), self.rank(), self.size());
         if late {
-            let missing = Vec::new();
-            return Err(CommError::Deadline {
-                call,
-                rank,
-                size,
-                waited: waited.unwrap_or_default(),
-                missing,
-            });
+            let (waited, missing) = (waited.unwrap_or_default(), Vec::new());
+            let error = CommError::Deadline { call, rank, size, waited, missing, board: None };
+            return Err(with_board(error, board));
         }
         let thread = self.thread.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
         match thread.map(JoinHandle::join) {

@@ -9,7 +9,7 @@ use super::{ABORTABLE, library_version};
 use crate::environment::Options;
 use crate::reduce::{Element, Phases};
 use crate::topology::{Told, Topology};
-use crate::{Background, Call, Collective, CommError, ReduceOp, Wire, shard_range};
+use crate::{Background, Board, Call, Collective, CommError, ReduceOp, Wire, shard_range};
 use half::bf16;
 use mpi::environment::Universe;
 use mpi::{Threading, ffi};
@@ -36,6 +36,8 @@ pub(super) struct Engine {
     hierarchy: Option<Hierarchy>,
     patience: Patience,
     spent: Arc<Spent>,
+    /// What is told of collectives, once there is one.
+    pub(super) board: Option<Arc<Board>>,
     /// What is rounded for its way.
     rounded: Vec<bf16>,
     /// The first error; all later work is refused with it.
@@ -138,6 +140,7 @@ impl Engine {
             hierarchy,
             patience: Patience { spins, yields: YIELDS },
             spent: Arc::default(),
+            board: None,
             rounded: Vec::new(),
             failed: None,
         })
@@ -207,7 +210,16 @@ impl Engine {
         }
         let started = Instant::now();
         let mut waiter = Waiter::new(call, rank, size, patience, deadline);
-        let result = work(self, &mut waiter).inspect_err(|error| self.failed = Some(error.clone()));
+        let board = self.board.clone();
+        if let Some(board) = &board {
+            board.entered(call);
+        }
+        let result = work(self, &mut waiter).map_err(|error| with_board(error, board.as_deref()));
+        match (&result, &board) {
+            (Err(error), _) => self.failed = Some(error.clone()),
+            (Ok(_), Some(board)) => board.left(),
+            (Ok(_), None) => {}
+        }
         let nanoseconds = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.spent.nanoseconds.fetch_add(nanoseconds, Ordering::Relaxed);
         self.spent.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
@@ -309,6 +321,14 @@ impl Engine {
             check(code, waiter.call, waiter.rank, waiter.size)
         })
     }
+}
+
+/// A missed deadline, with what the board says of those that are late.
+pub(super) fn with_board(mut error: CommError, board: Option<&Board>) -> CommError {
+    if let (CommError::Deadline { missing, board: said, .. }, Some(board)) = (&mut error, board) {
+        *said = Some(board.late(missing));
+    }
+    error
 }
 
 /// The lowest rank on this node, the number of ranks on it, and their communicator.

@@ -59,7 +59,8 @@ impl Waiter {
             let waited = now - self.started;
             if self.deadline.is_some_and(|deadline| waited > deadline) {
                 let (call, rank, size) = (self.call, self.rank, self.size);
-                return Err(CommError::Deadline { call, rank, size, waited, missing: missing() });
+                let missing = missing();
+                return Err(CommError::Deadline { call, rank, size, waited, missing, board: None });
             }
             if now - self.waiting_since < self.patience.yields {
                 std::thread::yield_now();

@@ -27,11 +27,21 @@ pub fn bare(role: &str) -> Job {
 
 /// `ranks` of this program under mpirun; `way` is "shared" or "messages".
 pub fn mpirun(ranks: usize, role: &str, way: &str) -> Job {
+    mpirun_by(&[], ranks, role, way)
+}
+
+/// The same with ranks that ignore SIGTERM: when one is lost, mpirun sends that to the others, and SIGKILL a second
+/// later, so they have this second.
+pub fn mpirun_stubborn(ranks: usize, role: &str, way: &str) -> Job {
+    mpirun_by(&["sh", "-c", "trap '' TERM; exec \"$0\""], ranks, role, way)
+}
+
+fn mpirun_by(wrapper: &[&str], ranks: usize, role: &str, way: &str) -> Job {
     let program = std::env::current_exe().expect("this program has a path");
     let mut command = limited();
     command.args(["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]);
     command.args(["--mca", "mpi_yield_when_idle", "1", "-n", &ranks.to_string()]);
-    command.arg(program);
+    command.args(wrapper).arg(program);
     command.env("REPA_COMM_TEST_WAY", way);
     Job::new(command, role)
 }
@@ -75,6 +85,15 @@ impl Job {
         }
         Err(format!("exit code {code:?}, {finished} of {ranks} ranks finished, after {took:?}:\n{output}")
             .into())
+    }
+
+    /// However it ends, it does so within 15 seconds, and leaves this text.
+    pub fn expect_end(self, text: &str) -> Outcome<Ended> {
+        let (_, took, output) = self.run()?;
+        let ended = Ended { output };
+        ended.check(took < Duration::from_secs(15), &format!("took {took:?}"))?;
+        ended.check(ended.output.contains(text), &format!("no '{text}'"))?;
+        Ok(ended)
     }
 
     /// This exit code within 15 seconds, and this text in the output.

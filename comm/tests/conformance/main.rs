@@ -2,6 +2,7 @@
 //! ranks, by shared memory and by messages. This program is both the test runner and, when started by itself under
 //! mpirun with REPA_COMM_TEST set, a rank of the job under test.
 
+mod board;
 mod job;
 mod rank;
 
@@ -76,5 +77,6 @@ fn main() {
                 .map(drop)
         }),
     ]);
+    trials.extend(board::trials());
     libtest_mimic::run(&Arguments::from_args(), trials).exit();
 }

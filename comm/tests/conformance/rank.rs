@@ -69,7 +69,7 @@ pub fn run(role: &str) -> ! {
                 abort(4, &error.to_string());
             }
         }
-        other => panic!("no role {other}"),
+        other => crate::board::run(other, comm),
     }
     if let Err(error) = comm.finalize() {
         abort(4, &error.to_string());

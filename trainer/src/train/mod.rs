@@ -20,7 +20,8 @@ mod update;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use repa_comm::{Communicator, Failure, ReduceOp, RemoteError, all_or_first_error};
+use repa_comm::board::Phase;
+use repa_comm::{Board, Communicator, Failure, ReduceOp, RemoteError, all_or_first_error};
 
 pub use compute::{Compute, LossSums};
 pub use error::TrainError;
@@ -94,13 +95,15 @@ fn begin(loaded: &Loaded, comm: &dyn Communicator, stop: &mut StopRequest) -> Re
     // Longer than this counts as for ever.
     const LONGEST: f64 = 1e9;
     comm.set_deadline(Some(Duration::from_secs_f64(config.comm.timeout_seconds.min(LONGEST))));
+    let board = agree(comm, Board::start(comm).map_err(TrainError::from))?;
     comm.set_hierarchical(config.comm.hierarchical);
     let layout = Arc::new(config.sit().layout());
     let plan = Plan::new(&config.sit(), &layout, config.comm.bucket_mib << 20);
     let gradients = Gradients::new(plan, Exchange::new(config), comm);
     let owned = Owned::new(gradients.owned().iter().cloned());
     let beginning = resume::begin(loaded, comm, stop, &layout, owned)?;
-    let session = agree(comm, Session::open(config, comm, &data, &device, layout, gradients, beginning))?;
+    let session =
+        agree(comm, Session::open(config, comm, &data, &device, layout, gradients, board, beginning))?;
     agree(comm, session.announce(config, comm))?;
     Ok(session)
 }
@@ -128,8 +131,11 @@ impl Session {
     ) -> Result<Asked, TrainError> {
         let started = Instant::now();
         comm.set_step(self.state.step + 1);
+        self.board.publish_step(self.state.step + 1);
+        self.board.publish_phase(Phase::WaitingForData);
         let (batch, data_wait) = self.feed.next()?;
 
+        self.board.publish_phase(Phase::Computing);
         let computing = Instant::now();
         let scale = self.state.loss_scale(config);
         let talked = comm.traffic().busy;
@@ -139,6 +145,7 @@ impl Session {
         let compute = computing.elapsed();
 
         // What is left of the sums when the backward pass is done: the exposed part of communication.
+        self.board.publish_phase(Phase::Communicating);
         let talking = Instant::now();
         let finite = collector.finish(&mut self.gradients)?;
         let flag = |asked: bool| f64::from(u8::from(asked));
@@ -152,6 +159,7 @@ impl Session {
         let (control, norm) = update::agree(mine, &self.gradients, scale, comm.as_ref())?;
         let exposed = talking.elapsed();
 
+        self.board.publish_phase(Phase::Optimizing);
         let optimizing = Instant::now();
         let learning_rate = self.state.learning_rate(config);
         let (skipped, waited) =
@@ -159,6 +167,8 @@ impl Session {
         self.count_skips(config, comm.as_ref(), skipped, finite)?;
         let optimizer = optimizing.elapsed() - waited;
 
+        self.board.publish_step_time(started.elapsed());
+        self.board.publish_phase(Phase::Idle);
         let samples = config.train.global_batch as f64;
         let (denoising, alignment) = (control.denoising / samples, control.alignment / samples);
         let seconds = started.elapsed().as_secs_f64();

@@ -3,7 +3,8 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use repa_comm::Communicator;
+use repa_comm::board::Phase;
+use repa_comm::{Board, Communicator};
 
 use super::buckets::Gradients;
 use super::feed::{Data, Feed};
@@ -27,6 +28,7 @@ pub(super) struct Session {
     pub(super) gradients: Gradients,
     pub(super) feed: Feed,
     pub(super) saver: Saver,
+    pub(super) board: Arc<Board>,
     pub(super) skipped_in_a_row: u64,
     /// Step and lowest rank at which the present row of skipped steps began.
     pub(super) first_skipped: (u64, usize),
@@ -47,6 +49,7 @@ pub(super) struct Lead {
 
 impl Session {
     /// Sets up a rank.
+    #[expect(clippy::too_many_arguments, reason = "one call site, and a struct would only rename them")]
     pub(super) fn open(
         config: &Config,
         comm: &dyn Communicator,
@@ -54,6 +57,7 @@ impl Session {
         device: &Device,
         layout: Arc<Layout>,
         gradients: Gradients,
+        board: Arc<Board>,
         beginning: Beginning,
     ) -> Result<Self, TrainError> {
         let Beginning { folder, checkpoints, placement, state, branch, durable, said } = beginning;
@@ -102,6 +106,7 @@ impl Session {
             layout,
             state,
             saver,
+            board,
             metrics,
             said,
             lead,
@@ -176,13 +181,16 @@ impl Session {
         if let Err(error) = stop.save_begun() {
             tracing::warn!("cannot remove the file SAVE, so that every step will save: {error}");
         }
+        self.board.publish_phase(Phase::Saving);
         let events = self.saver.save(&self.state, config, comm)?;
+        self.board.publish_phase(Phase::Idle);
         events.iter().for_each(|event| self.say(event));
         Ok(())
     }
 
     /// Waits for the last save, which has to be this state's.
     pub(super) fn settle(&mut self, comm: &dyn Communicator) -> Result<(), TrainError> {
+        self.board.publish_phase(Phase::Saving);
         let events = self.saver.drain(comm)?;
         events.iter().for_each(|event| self.say(event));
         self.saver.check_durable(self.state.step)
