@@ -17,6 +17,8 @@ mod mpi;
 mod reduce;
 mod single;
 mod topology;
+mod waiter;
+mod worker;
 
 pub use abort::{abort, install_panic_hook};
 pub use agreement::{Failure, RemoteError, all_or_first_error, end_with};
