@@ -165,6 +165,12 @@ impl<E: Serve> Worker<E> {
         answer.recv().unwrap_or_else(|_| Err(self.ended(call)))
     }
 
+    /// Whether the thread has not been told to stop.
+    #[cfg(feature = "nccl")]
+    pub(crate) fn open(&self) -> bool {
+        self.orders.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
     /// Tells the thread to stop when it has done what it was asked before, and waits for its end. Does nothing the
     /// second time.
     pub(crate) fn finish(&self, call: Call) -> Result<(), CommError> {
