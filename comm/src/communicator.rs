@@ -12,7 +12,7 @@ use std::time::Duration;
 /// How values of different ranks become one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ReduceOp {
-    /// Added in rank order (integers wrap).
+    /// Added in rank order (integers wrap); floats over NCCL in an order of its own.
     Sum,
     /// The smallest; NaN if any is.
     Min,
@@ -56,6 +56,7 @@ pub enum Wire {
     #[default]
     F32,
     /// Rounded to bfloat16, half the bytes. They are still added up in float32; the sum is rounded again.
+    /// (NCCL may round between the additions.)
     Bf16,
 }
 

@@ -105,6 +105,34 @@ pub enum CommError {
         /// MPI's text for it.
         text: String,
     },
+    /// NCCL reported an error.
+    #[error("{call} on rank {rank} of {size}: NCCL error {code}: {text}")]
+    Nccl {
+        /// The operation.
+        call: Call,
+        /// This rank.
+        rank: usize,
+        /// Number of ranks.
+        size: usize,
+        /// NCCL's error code.
+        code: i32,
+        /// NCCL's text for it, and its last message.
+        text: String,
+    },
+    /// The CUDA driver reported an error.
+    #[error("{call} on rank {rank} of {size}: CUDA error {code}: {text}")]
+    Cuda {
+        /// The operation.
+        call: Call,
+        /// This rank.
+        rank: usize,
+        /// Number of ranks.
+        size: usize,
+        /// The driver's error code.
+        code: i32,
+        /// The driver's text for it.
+        text: String,
+    },
     /// Another rank is in another operation, or in the same with another length: the ranks have come apart.
     #[error(
         "{call} on rank {rank} of {size}: rank {other} is in another operation or passes another length: \

@@ -1,5 +1,6 @@
 //! The one definition of a sum over ranks, and how vectors are cut.
 
+use crate::Collective;
 use crate::communicator::{ReduceOp, shard_range};
 use half::{bf16, f16};
 use std::ops::Range;
@@ -146,6 +147,16 @@ impl Phases {
     }
     pub(crate) fn gathers(self) -> bool {
         self != Self::Reduce
+    }
+}
+
+impl From<Phases> for Collective {
+    fn from(phases: Phases) -> Self {
+        match phases {
+            Phases::ReduceAndGather => Self::AllReduce,
+            Phases::Reduce => Self::ReduceScatter,
+            Phases::Gather => Self::AllGather,
+        }
     }
 }
 

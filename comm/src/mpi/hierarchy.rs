@@ -7,9 +7,9 @@
 use super::messages::Messages;
 use super::raw::check;
 use super::shared::SharedMemory;
-use super::waiter::Waiter;
 use crate::communicator::{ReduceOp, shard_range};
 use crate::reduce::{Element, Phases};
+use crate::waiter::Waiter;
 use crate::{Collective, CommError, Topology};
 use mpi::ffi;
 use std::ffi::c_int;

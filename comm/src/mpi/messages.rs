@@ -1,10 +1,10 @@
 //! Collectives by point-to-point messages: any ranks, on any nodes.
 
 use super::raw::{self, Request, check};
-use super::waiter::Waiter;
 use crate::CommError;
 use crate::communicator::ReduceOp;
 use crate::reduce::{Element, Phases, Pieces, fold};
+use crate::waiter::Waiter;
 use mpi::ffi;
 use std::ffi::c_int;
 use std::ops::Range;

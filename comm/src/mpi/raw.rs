@@ -1,6 +1,6 @@
 //! The few MPI calls that are used, with errors as values.
 
-use super::waiter::Waiter;
+use crate::waiter::Waiter;
 use crate::{Call, CommError};
 use mpi::ffi;
 use std::ffi::c_int;

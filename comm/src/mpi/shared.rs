@@ -8,9 +8,9 @@
 
 use super::raw::check;
 use super::stream;
-use super::waiter::Waiter;
 use crate::communicator::ReduceOp;
 use crate::reduce::{Element, Phases, Pieces, fold};
+use crate::waiter::Waiter;
 use crate::{Collective, CommError};
 use mpi::ffi;
 use std::ffi::c_int;

@@ -4,11 +4,12 @@ use super::hierarchy::{Hierarchy, Place};
 use super::messages::Messages;
 use super::raw::{SUCCESS, check, error_text};
 use super::shared::SharedMemory;
-use super::waiter::{Patience, Waiter};
 use super::{ABORTABLE, library_version};
 use crate::environment::Options;
 use crate::reduce::{Element, Phases};
 use crate::topology::{Told, Topology};
+use crate::waiter::{Patience, Waiter};
+use crate::worker::{Order, Serve, Spent, with_board};
 use crate::{Background, Board, Call, Collective, CommError, ReduceOp, Wire, shard_range};
 use half::bf16;
 use mpi::environment::Universe;
@@ -16,15 +17,9 @@ use mpi::{Threading, ffi};
 use std::ffi::c_int;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
-
-/// What the communication thread is asked to do.
-pub(super) enum Order {
-    Work(Box<dyn FnOnce(&mut Engine) + Send>),
-    Stop,
-}
 
 /// MPI and what was made with it; lives on the communication thread.
 pub(super) struct Engine {
@@ -42,13 +37,6 @@ pub(super) struct Engine {
     rounded: Vec<bf16>,
     /// The first error; all later work is refused with it.
     failed: Option<CommError>,
-}
-
-/// What collectives have cost, for other threads to read.
-#[derive(Debug, Default)]
-pub(super) struct Spent {
-    pub(super) nanoseconds: AtomicU64,
-    pub(super) bytes: AtomicU64,
 }
 
 /// How a collective on a vector is done.
@@ -155,10 +143,6 @@ impl Engine {
         self.hierarchy.as_ref().and_then(|_| Place::new(&self.topology))
     }
 
-    pub(super) fn topology(&self) -> &Topology {
-        &self.topology
-    }
-
     pub(super) fn describe(&self) -> String {
         let how = match (&self.shared, &self.hierarchy) {
             (Some(_), _) => "shared memory",
@@ -166,17 +150,6 @@ impl Engine {
             (None, None) => "messages",
         };
         format!("{}, {how}", library_version())
-    }
-
-    /// Does work in order until told to stop, or until nobody is left to ask; then ends MPI.
-    pub(super) fn serve(mut self, inbox: &Receiver<Order>) {
-        // This thread works little and often, and what the rank's computing threads gain by making it wait, the
-        // whole job loses. Lowering the nice value takes a privilege; without it, things stay as they are.
-        let _ = rustix::process::setpriority_process(None, PRIORITY);
-        while let Ok(Order::Work(work)) = inbox.recv() {
-            work(&mut self);
-        }
-        self.end();
     }
 
     /// Ends MPI in good order; after an error MPI is left as it is, because its end would wait for all ranks.
@@ -220,9 +193,7 @@ impl Engine {
             (Ok(_), Some(board)) => board.left(),
             (Ok(_), None) => {}
         }
-        let nanoseconds = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        self.spent.nanoseconds.fetch_add(nanoseconds, Ordering::Relaxed);
-        self.spent.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.spent.add(started, bytes);
         result
     }
 
@@ -323,12 +294,20 @@ impl Engine {
     }
 }
 
-/// A missed deadline, with what the board says of those that are late.
-pub(super) fn with_board(mut error: CommError, board: Option<&Board>) -> CommError {
-    if let (CommError::Deadline { missing, board: said, .. }, Some(board)) = (&mut error, board) {
-        *said = Some(board.late(missing));
+impl Serve for Engine {
+    fn topology(&self) -> &Topology {
+        &self.topology
     }
-    error
+
+    fn serve(mut self, inbox: &Receiver<Order<Self>>) {
+        // This thread works little and often, and what the rank's computing threads gain by making it wait, the
+        // whole job loses. Lowering the nice value takes a privilege; without it, things stay as they are.
+        let _ = rustix::process::setpriority_process(None, PRIORITY);
+        while let Ok(Order::Work(work)) = inbox.recv() {
+            work(&mut self);
+        }
+        self.end();
+    }
 }
 
 /// The lowest rank on this node, the number of ranks on it, and their communicator.

@@ -25,7 +25,7 @@ pub fn bare(role: &str) -> Job {
     Job::new(command, role)
 }
 
-/// `ranks` of this program under mpirun; `way` is "shared" or "messages".
+/// `ranks` of this program under mpirun; `way` is "shared", "messages" or "nccl".
 pub fn mpirun(ranks: usize, role: &str, way: &str) -> Job {
     mpirun_by(&[], ranks, role, way)
 }
@@ -66,6 +66,13 @@ impl Job {
 
     pub fn variables(&mut self, variables: &[(&str, &str)]) {
         self.command.envs(variables.iter().copied());
+    }
+
+    #[cfg(feature = "nccl")]
+    pub fn remove_variables(&mut self, names: &[&str]) {
+        for name in names {
+            self.command.env_remove(name);
+        }
     }
 
     fn run(mut self) -> Outcome<(Option<i32>, Duration, String)> {

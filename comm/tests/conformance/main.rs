@@ -1,10 +1,13 @@
 //! One suite for every communicator: the same checks run on a single process and under real mpirun with 1 to 4
-//! ranks, by shared memory and by messages. This program is both the test runner and, when started by itself under
-//! mpirun with REPA_COMM_TEST set, a rank of the job under test.
+//! ranks, by shared memory and by messages, and over NCCL where the feature is on. This program is both the test runner
+//! and, when started by itself under mpirun with REPA_COMM_TEST set, a rank of the job under test.
 
 mod board;
+#[cfg(feature = "nccl")]
+mod gpu;
 mod job;
 mod rank;
+mod sums;
 
 use libtest_mimic::{Arguments, Trial};
 
@@ -78,5 +81,10 @@ fn main() {
         }),
     ]);
     trials.extend(board::trials());
-    libtest_mimic::run(&Arguments::from_args(), trials).exit();
+    #[cfg(feature = "nccl")]
+    trials.extend(gpu::trials());
+    let conclusion = libtest_mimic::run(&Arguments::from_args(), trials);
+    #[cfg(feature = "nccl")]
+    gpu::clean_up();
+    conclusion.exit();
 }

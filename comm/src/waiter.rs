@@ -5,21 +5,21 @@ use std::time::{Duration, Instant};
 
 /// How a rank waits; chosen once from the topology.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Patience {
+pub(crate) struct Patience {
     /// Polls without giving up the processor; 0 where ranks outnumber processors.
-    pub(super) spins: u32,
+    pub(crate) spins: u32,
     /// How long to poll with yields before sleeping between polls.
-    pub(super) yields: Duration,
+    pub(crate) yields: Duration,
 }
 
 /// Between polls, once the wait has become long: a rank that computes needs the processor more than this one.
 const SLEEP: Duration = Duration::from_micros(50);
 
 /// One collective call: who waits in what since when.
-pub(super) struct Waiter {
-    pub(super) call: Call,
-    pub(super) rank: usize,
-    pub(super) size: usize,
+pub(crate) struct Waiter {
+    pub(crate) call: Call,
+    pub(crate) rank: usize,
+    pub(crate) size: usize,
     patience: Patience,
     started: Instant,
     deadline: Option<Duration>,
@@ -28,7 +28,7 @@ pub(super) struct Waiter {
 }
 
 impl Waiter {
-    pub(super) fn new(
+    pub(crate) fn new(
         call: Call,
         rank: usize,
         size: usize,
@@ -40,7 +40,7 @@ impl Waiter {
     }
 
     /// Polls until `ready` says true; `missing` lists who has not come, for the error.
-    pub(super) fn until(
+    pub(crate) fn until(
         &mut self,
         mut ready: impl FnMut() -> Result<bool, CommError>,
         missing: impl FnOnce() -> Vec<usize>,
@@ -71,7 +71,7 @@ impl Waiter {
         Ok(())
     }
 
-    pub(super) fn mismatch(&self, other: usize) -> CommError {
+    pub(crate) fn mismatch(&self, other: usize) -> CommError {
         CommError::Mismatch { call: self.call, rank: self.rank, size: self.size, other }
     }
 }
