@@ -104,6 +104,15 @@ fn bar(what: &'static str, unit: &'static str) -> ProgressBar {
     bar
 }
 
+/// Bytes as people read them.
+fn size(bytes: u64) -> String {
+    const MIB: f64 = (1u64 << 20) as f64;
+    match bytes as f64 / MIB {
+        mib if mib < 1024.0 => format!("{mib:.1} MiB"),
+        mib => format!("{:.2} GiB", mib / 1024.0),
+    }
+}
+
 /// Sets the number of threads of a command that is no rank; 0 takes all cores.
 fn use_threads(threads: usize) -> Result<(), Failure> {
     match threads {
