@@ -4,6 +4,7 @@ mod bench;
 mod checkpoint;
 mod config;
 mod data;
+mod estimate;
 mod evaluate;
 mod report;
 mod sample;
@@ -49,6 +50,8 @@ enum Command {
     Report(report::Arguments),
     /// Measure the speed of parts
     Bench(bench::Arguments),
+    /// Predict the memory that a rank needs, without training
+    Estimate(estimate::Arguments),
     /// Print the merged configuration, and where each value came from
     Config(config::Arguments),
 }
@@ -89,6 +92,7 @@ pub fn run(arguments: Arguments) -> Result<Outcome, Failure> {
         Some(Command::Evaluate(arguments)) => evaluate::run(&arguments),
         Some(Command::Checkpoint(arguments)) => checkpoint::run(&arguments),
         Some(Command::Bench(arguments)) => bench::run(&arguments),
+        Some(Command::Estimate(arguments)) => estimate::run(&arguments),
         Some(Command::Report(arguments)) => report::run(&arguments),
         Some(Command::Config(arguments)) => config::run(&arguments),
     }
