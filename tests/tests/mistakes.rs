@@ -107,6 +107,7 @@ fn help_and_version_read_well() {
         &["data", "stage", "--help"],
         &["bench", "data", "--help"],
         &["bench", "step", "--help"],
+        &["estimate", "--help"],
         &["sample", "--help"],
         &["evaluate", "--help"],
         &["report", "--help"],

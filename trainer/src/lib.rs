@@ -6,6 +6,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod data;
 pub mod encoder;
+pub mod estimate;
 pub mod evaluate;
 pub mod exit;
 pub mod figures;

@@ -39,7 +39,7 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Time training steps on random data, on the ranks that mpirun started
+    /// Time training steps on random data, on the ranks that mpirun started, and the memory they take
     Step {
         #[command(flatten)]
         settings: Settings,
@@ -229,6 +229,7 @@ fn step(settings: &Settings, steps: usize, json: bool) -> Result<Outcome, Failur
         milliseconds("  forward and backward", figures.compute_seconds);
         milliseconds("  exposed communication", figures.exposed_communication_seconds);
         milliseconds("  clip, AdamW, EMA", figures.optimizer_seconds);
+        println!("{:<24} {:>13}", "peak memory of a rank", super::size(figures.peak_memory_bytes));
     }
     comm.finalize().map_err(Failure::runtime)?;
     Ok(Outcome::Done)

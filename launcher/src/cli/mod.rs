@@ -4,6 +4,7 @@ mod bench;
 mod checkpoint;
 mod config;
 mod data;
+mod estimate;
 mod evaluate;
 mod report;
 mod sample;
@@ -49,6 +50,8 @@ enum Command {
     Report(report::Arguments),
     /// Measure the speed of parts
     Bench(bench::Arguments),
+    /// Predict the memory that a rank needs, without training
+    Estimate(estimate::Arguments),
     /// Print the merged configuration, and where each value came from
     Config(config::Arguments),
 }
@@ -89,6 +92,7 @@ pub fn run(arguments: Arguments) -> Result<Outcome, Failure> {
         Some(Command::Evaluate(arguments)) => evaluate::run(&arguments),
         Some(Command::Checkpoint(arguments)) => checkpoint::run(&arguments),
         Some(Command::Bench(arguments)) => bench::run(&arguments),
+        Some(Command::Estimate(arguments)) => estimate::run(&arguments),
         Some(Command::Report(arguments)) => report::run(&arguments),
         Some(Command::Config(arguments)) => config::run(&arguments),
     }
@@ -102,6 +106,15 @@ fn bar(what: &'static str, unit: &'static str) -> ProgressBar {
     let bar = ProgressBar::new(0).with_style(style);
     bar.enable_steady_tick(Duration::from_millis(500));
     bar
+}
+
+/// Bytes as people read them.
+fn size(bytes: u64) -> String {
+    const MIB: f64 = (1u64 << 20) as f64;
+    match bytes as f64 / MIB {
+        mib if mib < 1024.0 => format!("{mib:.1} MiB"),
+        mib => format!("{:.2} GiB", mib / 1024.0),
+    }
 }
 
 /// Sets the number of threads of a command that is no rank; 0 takes all cores.

@@ -306,8 +306,8 @@ pub fn run_start(parent: &Path, samples: usize, batch: usize) -> Result<StartBen
     })
 }
 
-/// This process's VmHWM.
-fn peak_memory() -> Option<u64> {
+/// This process's largest resident memory so far (VmHWM), in bytes; None where the system does not say.
+pub(crate) fn peak_memory() -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)

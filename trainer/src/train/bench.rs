@@ -12,7 +12,7 @@ use super::update::{self, Control};
 use super::{Compute, Owned, State, TrainError, session};
 use crate::config::Config;
 use crate::data::batch::rank_samples;
-use crate::data::bench::imagenet_spec;
+use crate::data::bench::{imagenet_spec, peak_memory};
 use crate::data::draws::{Draws, Purpose};
 use crate::data::loader::Batch;
 use crate::data::store::{EncoderSpec, Index, Normalisation, StoreSpec};
@@ -42,6 +42,9 @@ pub struct StepBench {
     pub optimizer_seconds: f64,
     /// Samples a second, over all ranks.
     pub images_per_second: f64,
+    /// Largest resident memory of a rank so far, in bytes, of the rank that has most; 0 where the system does
+    /// not say. The first step that is timed has reached it.
+    pub peak_memory_bytes: u64,
 }
 
 /// Times `steps` steps of a configuration, on all ranks.
@@ -88,6 +91,8 @@ pub fn run(config: &Config, comm: &Arc<dyn Communicator>, steps: usize) -> Resul
         list[list.len() / 2]
     });
     comm.all_reduce_f64(&mut medians, ReduceOp::Max)?;
+    let mut peak = [peak_memory().and_then(|bytes| i64::try_from(bytes).ok()).unwrap_or(0)];
+    comm.all_reduce_i64(&mut peak, ReduceOp::Max)?;
     let [step_seconds, compute_seconds, exposed, optimizer_seconds] = medians;
     Ok(StepBench {
         ranks: comm.size(),
@@ -99,6 +104,7 @@ pub fn run(config: &Config, comm: &Arc<dyn Communicator>, steps: usize) -> Resul
         exposed_communication_seconds: exposed,
         optimizer_seconds,
         images_per_second: config.train.global_batch as f64 / step_seconds,
+        peak_memory_bytes: peak[0].unsigned_abs(),
     })
 }
 
@@ -174,5 +180,6 @@ mod tests {
         // Medians of parts do not add up to the median of the whole, but nearly.
         assert!(parts > 0.5 * figures.step_seconds && parts < 2.0 * figures.step_seconds, "{figures:?}");
         assert_eq!((figures.ranks, figures.steps, figures.global_batch), (1, 5, 4));
+        assert!(figures.peak_memory_bytes > 1 << 20, "{figures:?}");
     }
 }
