@@ -39,7 +39,8 @@ run: build
 test:
 	@sh launcher/setup.sh test
 	$(CARGO) build --release --locked -p repa-dist
-	$(CARGO) nextest run --release --locked --workspace
+	$(CARGO) nextest run --release --locked --workspace --exclude repa-comm
+	$(CARGO) nextest run --release --locked -p repa-comm --features nccl
 
 bench: build
 	$(MPIRUN) $(REPA) bench all-reduce

@@ -56,11 +56,19 @@ impl Hosts {
         let names: String = (1..=self.count).map(|i| format!("10.77.0.{i} h{i}\n")).collect();
         fs::write(self.folder.path().join("hosts"), format!("127.0.0.1 localhost\n{names}"))?;
         let agent = self.agent();
+        let folder = self.folder.path();
+        // Each host's own disk is mounted at one place.
+        for disk in (1..=self.count).map(|i| folder.join(format!("disks/h{i}"))).chain([self.disk()]) {
+            fs::create_dir_all(disk)?;
+        }
         let script = format!(
-            "#!/bin/bash\nhost=$1; shift\nexec ip netns exec {}${{host#h}} unshare --uts --mount bash -c '\n\
-             hostname \"$0\"\nmount -t tmpfs shm /dev/shm\nmount --bind {} /etc/hosts\nexec bash -c \"$*\"' \"$host\" \"$@\"\n",
-            self.prefix,
-            self.folder.path().join("hosts").display()
+            "#!/bin/bash\nhost=$1; shift\nexec ip netns exec {prefix}${{host#h}} unshare --uts --mount bash -c '\n\
+             hostname \"$0\"\nmount -t tmpfs shm /dev/shm\nmount --bind {hosts} /etc/hosts\n\
+             mount --bind {folder}/disks/$0 {disk}\nexec bash -c \"$*\"' \"$host\" \"$@\"\n",
+            prefix = self.prefix,
+            hosts = folder.join("hosts").display(),
+            folder = folder.display(),
+            disk = self.disk().display()
         );
         fs::write(&agent, script)?;
         use std::os::unix::fs::PermissionsExt;
@@ -129,6 +137,12 @@ impl Hosts {
     fn pids(&self, namespace: &str) -> String {
         let output = Command::new("ip").args(["netns", "pids", namespace]).output();
         output.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default()
+    }
+
+    /// A folder under whose name each host sees a disk of its own, `disks/h1` and so on of [`Hosts::folder`].
+    #[must_use]
+    pub fn disk(&self) -> PathBuf {
+        self.folder.path().join("disk")
     }
 
     /// A folder that all hosts see.

@@ -7,7 +7,8 @@ use clap::{Args, Subcommand, ValueEnum};
 use repa_comm::bench::{BenchOptions, BenchReport};
 use repa_comm::{Options, all_or_first_error, end_with};
 use repa_trainer::data::bench::{self as data_bench, DataBenchOptions, Images};
-use repa_trainer::train::bench as step_bench;
+use repa_trainer::train::checkpoint_bench::{self, CheckpointBench, CheckpointBenchOptions};
+use repa_trainer::train::{bench as step_bench, communicator};
 
 use super::Settings;
 
@@ -23,6 +24,9 @@ pub struct Arguments {
 enum Command {
     /// Time sums over the ranks that mpirun started, beside a plain copy in memory
     AllReduce {
+        /// What sums: mpi, or nccl between GPUs
+        #[arg(long, value_enum, default_value_t = BackendName::Mpi)]
+        backend: BackendName,
         /// Also time the MPI library's own MPI_Allreduce
         #[arg(long)]
         against_mpi: bool,
@@ -35,6 +39,24 @@ enum Command {
         /// Bytes that are handled at a time, in KiB (64 to 8192); changes no bit
         #[arg(long, value_name = "KIB")]
         chunk_kib: Option<usize>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Write and read checkpoints of random weights on the ranks that mpirun started, against dd and plain reads on
+    /// the same disk, and time training steps meanwhile
+    Checkpoint {
+        #[command(flatten)]
+        settings: Settings,
+        /// Where to write; needs four times the checkpoint's size
+        #[arg(long, value_name = "DIR", default_value = "/tmp/repa-dist-bench")]
+        dir: PathBuf,
+        /// Turns; medians count
+        #[arg(long, default_value_t = 5)]
+        turns: usize,
+        /// Steps to time with and without a save going on; 0 leaves them out
+        #[arg(long, default_value_t = 0)]
+        steps: usize,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -109,6 +131,13 @@ struct DataArguments {
     json: bool,
 }
 
+/// What sums.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum BackendName {
+    Mpi,
+    Nccl,
+}
+
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum ImagesName {
     /// They are not read
@@ -121,14 +150,18 @@ enum ImagesName {
 
 pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     match &arguments.command {
-        Command::AllReduce { against_mpi, max_mib, seconds, chunk_kib, json } => {
+        Command::AllReduce { backend, against_mpi, max_mib, seconds, chunk_kib, json } => {
             let mut start = Options::default();
             if let Some(kib) = chunk_kib {
                 start.chunk_bytes = kib << 10;
             }
-            all_reduce(&start, *against_mpi, *max_mib, *seconds, *json)
+            all_reduce(&start, *backend, *against_mpi, *max_mib, *seconds, *json)
         }
         Command::Step { settings, steps, json } => step(settings, *steps, *json),
+        Command::Checkpoint { settings, dir, turns, steps, json } => {
+            let options = CheckpointBenchOptions { dir: dir.clone(), turns: *turns, steps: *steps };
+            checkpoint(settings, &options, *json)
+        }
         Command::Data(arguments) => data(arguments),
         Command::Start { dir, samples, json } => {
             let figures = data_bench::run_start(dir, *samples, 256).map_err(Failure::data)?;
@@ -208,10 +241,11 @@ fn step(settings: &Settings, steps: usize, json: bool) -> Result<Outcome, Failur
     if steps == 0 {
         return Err(Failure::usage("--steps must be above 0"));
     }
-    let comm = repa_comm::init(&Options::default()).map_err(Failure::runtime)?;
+    let mpi = repa_comm::init(&Options::default()).map_err(Failure::runtime)?;
     repa_comm::install_panic_hook();
-    let loaded = all_or_first_error(comm.as_ref(), settings.load().map_err(|e| e.of_rank()))
-        .unwrap_or_else(|e| end_with(comm.as_ref(), &e));
+    let loaded = all_or_first_error(mpi.as_ref(), settings.load().map_err(|e| e.of_rank()))
+        .unwrap_or_else(|e| end_with(mpi.as_ref(), &e));
+    let comm = communicator(&loaded.config, mpi.clone()).unwrap_or_else(|e| end_with(mpi.as_ref(), &e));
     let figures = step_bench::run(&loaded.config, &comm, steps)
         .unwrap_or_else(|e| repa_comm::abort(i32::from(e.kind().code()), &e.to_string()));
     if comm.rank() == 0 && json {
@@ -235,8 +269,63 @@ fn step(settings: &Settings, steps: usize, json: bool) -> Result<Outcome, Failur
     Ok(Outcome::Done)
 }
 
+fn checkpoint(settings: &Settings, options: &CheckpointBenchOptions, json: bool) -> Result<Outcome, Failure> {
+    if options.turns == 0 {
+        return Err(Failure::usage("--turns must be above 0"));
+    }
+    let comm = repa_comm::init(&Options::default()).map_err(Failure::runtime)?;
+    repa_comm::install_panic_hook();
+    let loaded = all_or_first_error(comm.as_ref(), settings.load().map_err(|e| e.of_rank()))
+        .unwrap_or_else(|e| end_with(comm.as_ref(), &e));
+    let figures =
+        checkpoint_bench::run(&loaded.config, &comm, options).unwrap_or_else(|e| end_with(comm.as_ref(), &e));
+    if comm.rank() == 0 && json {
+        println!("{:#}", serde_json::to_value(&figures).map_err(Failure::runtime)?);
+    } else if comm.rank() == 0 {
+        print_checkpoint(&figures);
+    }
+    comm.finalize().map_err(Failure::runtime)?;
+    Ok(Outcome::Done)
+}
+
+fn print_checkpoint(figures: &CheckpointBench) {
+    let giga = |rate: f64| rate / 1e9;
+    println!("{} ranks, {} to write", figures.ranks, super::size(figures.bytes));
+    println!(
+        "write      {:8.3} s to durable, {:6.2} GB/s; dd with fsync {:6.2} GB/s: {:.0} %",
+        figures.write_seconds,
+        giga(figures.write_bytes_per_second),
+        giga(figures.dd_bytes_per_second),
+        100.0 * figures.write_share
+    );
+    println!(
+        "read       {:8.3} s, {:6.2} GB/s; plain read {:6.2} GB/s: {:.0} %",
+        figures.read_seconds,
+        giga(figures.read_bytes_per_second),
+        giga(figures.plain_bytes_per_second),
+        100.0 * figures.read_share
+    );
+    println!(
+        "snapshot   {:8.1} ms; a copy of as many bytes {:.1} ms: {:.2} times",
+        1e3 * figures.snapshot_seconds,
+        1e3 * figures.memcpy_seconds,
+        figures.snapshot_seconds / figures.memcpy_seconds
+    );
+    if let Some(steps) = &figures.steps {
+        println!(
+            "step       {:8.1} ms, {:.1} ms while a save goes on: {:+.1} %; {} steps, {} saves",
+            1e3 * steps.without_seconds,
+            1e3 * steps.with_seconds,
+            100.0 * (steps.with_seconds / steps.without_seconds - 1.0),
+            steps.steps,
+            steps.saves
+        );
+    }
+}
+
 fn all_reduce(
     start: &Options,
+    backend: BackendName,
     against_mpi: bool,
     max_mib: usize,
     seconds: f64,
@@ -245,8 +334,14 @@ fn all_reduce(
     if !(seconds > 0.0 && seconds.is_finite()) || max_mib == 0 {
         return Err(Failure::usage("--seconds and --max-mib must be above 0"));
     }
-    let comm = repa_comm::init(start).map_err(Failure::runtime)?;
+    let mpi = repa_comm::init(start).map_err(Failure::runtime)?;
     repa_comm::install_panic_hook();
+    let mut config = repa_trainer::config::Config::default();
+    if let BackendName::Nccl = backend {
+        config.comm.backend = repa_trainer::config::Backend::Nccl;
+        config.device.0 = "cuda".to_owned();
+    }
+    let comm = communicator(&config, mpi.clone()).unwrap_or_else(|e| end_with(mpi.as_ref(), &e));
     let sizes = [1 << 10, 16 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, 128 << 20, 512 << 20];
     let options = BenchOptions {
         sizes: sizes.into_iter().filter(|&bytes| bytes <= max_mib << 20).collect(),

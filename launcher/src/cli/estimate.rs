@@ -1,6 +1,7 @@
 //! `repa-dist estimate`.
 
 use clap::Args;
+use repa_trainer::config::Sharding;
 use repa_trainer::estimate::{Estimate, Job, Line, Place, estimate};
 
 use super::{Settings, size};
@@ -13,9 +14,6 @@ pub struct Arguments {
     /// Ranks that train together
     #[arg(long, value_name = "N", default_value_t = 1)]
     ranks: usize,
-    /// Share optimizer moments and EMA among the ranks (ZeRO-1)
-    #[arg(long)]
-    zero1: bool,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -32,7 +30,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
         0 => std::thread::available_parallelism().map_or(1, |cores| (cores.get() / ranks).max(1)),
         threads => threads,
     };
-    let shards = if arguments.zero1 { ranks } else { 1 };
+    let shards = if config.optimizer.sharding == Sharding::Zero1 { ranks } else { 1 };
     let figures = estimate(&config, &Job { ranks, shards, threads });
     if arguments.json {
         println!("{:#}", serde_json::to_value(&figures).map_err(Failure::runtime)?);
@@ -74,7 +72,9 @@ fn print(figures: &Estimate) {
     match (figures.ranks, figures.shards) {
         (1, _) => println!("one rank has nothing to share: sharding saves nothing"),
         (_, 1) => {
-            println!("sharding moments and EMA over the ranks (--zero1) would save {saved}, {percent:.1} %")
+            println!(
+                "sharding moments and EMA over the ranks (optimizer.sharding=zero1) would save {saved}, {percent:.1} %"
+            )
         }
         _ => println!("sharding moments and EMA over the ranks saves {saved}, {percent:.1} %"),
     }

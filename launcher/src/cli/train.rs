@@ -2,7 +2,7 @@
 
 use clap::Args;
 use repa_comm::{Options, all_or_first_error, end_with};
-use repa_trainer::train::{StopRequest, train};
+use repa_trainer::train::{StopRequest, communicator, train};
 
 use super::Settings;
 use crate::exit::{Failure, Outcome};
@@ -21,14 +21,14 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     let mut settings = arguments.settings.clone();
     settings.values.extend(arguments.resume.iter().map(|resume| format!("run.resume={resume}")));
-    let comm = repa_comm::init(&Options::default()).map_err(Failure::runtime)?;
+    let mpi = repa_comm::init(&Options::default()).map_err(Failure::runtime)?;
     repa_comm::install_panic_hook();
-    super::log_to_stderr(comm.rank());
-    let shared = comm;
-    let comm = shared.as_ref();
+    super::log_to_stderr(mpi.rank());
     // Every rank reads its own configuration; a mistake in it is reported once.
     let local = settings.load().map_err(|e| e.of_rank());
-    let loaded = all_or_first_error(comm, local).unwrap_or_else(|e| end_with(comm, &e));
+    let loaded = all_or_first_error(mpi.as_ref(), local).unwrap_or_else(|e| end_with(mpi.as_ref(), &e));
+    let shared = communicator(&loaded.config, mpi.clone()).unwrap_or_else(|e| end_with(mpi.as_ref(), &e));
+    let comm = shared.as_ref();
     let mut stop =
         StopRequest::listen().map_err(|e| Failure::runtime(format!("cannot listen for signals: {e}")))?;
     let outcome = train(&loaded, &shared, &mut stop).unwrap_or_else(|e| end_with(comm, &e));

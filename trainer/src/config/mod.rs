@@ -408,6 +408,8 @@ pub struct CommConfig {
     pub overlap: bool,
     /// Size of the buckets in which they are summed, in MiB. Changes no bit.
     pub bucket_mib: usize,
+    /// Who sums them: `auto` is NCCL between GPUs where it can be had, and MPI otherwise; `mpi`; or `nccl`.
+    pub backend: Backend,
     /// How gradients travel between ranks: `f32`, or `bf16` for half the bytes (they are added up in float32 in any
     /// case). Only `f32` gives the numbers of one rank.
     pub wire: Wire,
@@ -421,8 +423,28 @@ pub struct CommConfig {
 
 impl Default for CommConfig {
     fn default() -> Self {
-        Self { overlap: true, bucket_mib: 8, wire: Wire::F32, hierarchical: true, timeout_seconds: 600.0 }
+        Self {
+            overlap: true,
+            bucket_mib: 8,
+            backend: Backend::Auto,
+            wire: Wire::F32,
+            hierarchical: true,
+            timeout_seconds: 600.0,
+        }
     }
+}
+
+/// What sums gradients over the ranks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Backend {
+    /// NCCL between GPUs where it can be had, MPI otherwise.
+    #[default]
+    Auto,
+    /// MPI, through the hosts' memory.
+    Mpi,
+    /// NCCL.
+    Nccl,
 }
 
 /// Keys under `checkpoint`.

@@ -65,6 +65,8 @@ pub enum Part {
     Workspace,
     /// Batches that are ready, being read or in use.
     Loader,
+    /// What a checkpoint that is being written holds.
+    Snapshot,
     /// Buffers between ranks.
     Communication,
     /// Everything that does not depend on the model.
@@ -84,6 +86,7 @@ impl Part {
             Self::Activations => "activations",
             Self::Workspace => "backward workspace",
             Self::Loader => "data loader",
+            Self::Snapshot => "checkpoint",
             Self::Communication => "communication",
             Self::Process => "process",
         }
@@ -179,6 +182,8 @@ pub fn estimate(config: &Config, job: &Job) -> Estimate {
     let (batches, each) = loader(config, &sit, rank_batch);
     let what = format!("{} of {}", plural(clamp(batches) as usize, "batch"), plural(rank_batch, "sample"));
     line(Part::Loader, Place::Host, batches.saturating_mul(each), what);
+    let written = 4 * F32 * counts.trainable.div_ceil(ranks as u128);
+    line(Part::Snapshot, Place::Host, written, "copy of what the rank writes".to_owned());
     if ranks > 1 {
         line(Part::Communication, Place::Host, communication(), "staging between ranks".to_owned());
     }

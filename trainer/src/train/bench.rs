@@ -1,13 +1,14 @@
 //! The figures of `repa-dist bench step`: how long steps take on random data, without reading or saving any.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use half::f16;
 use repa_comm::{Communicator, ReduceOp};
 use serde::Serialize;
 
 use super::buckets::{Exchange, Gradients, Plan};
+use super::saver::{self, Event, Saver};
 use super::update::{self, Control};
 use super::{Compute, Owned, State, TrainError, session};
 use crate::config::Config;
@@ -17,6 +18,7 @@ use crate::data::draws::{Draws, Purpose};
 use crate::data::loader::Batch;
 use crate::data::store::{EncoderSpec, Index, Normalisation, StoreSpec};
 use crate::ops::GradientSink;
+use crate::params::Layout;
 
 /// Steps before the clock starts.
 const WARM_UP: usize = 2;
@@ -52,35 +54,12 @@ pub struct StepBench {
 /// # Errors
 /// The device cannot be used, or the ranks cannot talk.
 pub fn run(config: &Config, comm: &Arc<dyn Communicator>, steps: usize) -> Result<StepBench, TrainError> {
-    let device = session::open_device(config, comm.as_ref())?;
-    let sit = config.sit();
-    let layout = Arc::new(sit.layout());
-    let index = index(config);
-    let compute = Compute::new(config, &layout, &index, &device);
-    comm.set_hierarchical(config.comm.hierarchical);
-    let plan = Plan::new(&sit, &layout, config.comm.bucket_mib << 20);
-    let mut gradients = Gradients::new(plan, Exchange::new(config), comm.as_ref());
-    let owned = Owned::new(gradients.owned().iter().cloned());
-    let mut state = State::new(&layout, config.train.seed, owned);
-    let batch = batch(config, &index, comm.as_ref());
+    let mut stepper = Stepper::new(config, comm)?;
     let mut times: [Vec<f64>; 4] = Default::default();
     for step in 0..WARM_UP + steps {
         comm.barrier()?;
-        let begin = Instant::now();
-        let scale = state.loss_scale(config);
-        let collector = gradients.collect(comm);
-        let sink: Arc<dyn GradientSink> = collector.clone();
-        let losses = compute.gradients(&state.params, &batch, scale, &sink);
-        let computed = begin.elapsed();
-        collector.finish(&mut gradients)?;
-        let (denoising, alignment) = (losses.denoising, losses.alignment);
-        let mine = Control { denoising, alignment, ..Control::default() };
-        let (_, norm) = update::agree(mine, &gradients, scale, comm.as_ref())?;
-        let summed = begin.elapsed();
-        let (_, waited) = update::step(&mut state, &mut gradients, norm, config, comm.as_ref())?;
-        let all = begin.elapsed();
+        let (parts, _) = stepper.step(config, comm, saver::Word::default())?;
         if step >= WARM_UP {
-            let parts = [all, computed, summed - computed + waited, all - summed - waited];
             for (list, time) in times.iter_mut().zip(parts) {
                 list.push(time.as_secs_f64());
             }
@@ -96,7 +75,7 @@ pub fn run(config: &Config, comm: &Arc<dyn Communicator>, steps: usize) -> Resul
     let [step_seconds, compute_seconds, exposed, optimizer_seconds] = medians;
     Ok(StepBench {
         ranks: comm.size(),
-        parameters: layout.total_len(),
+        parameters: stepper.layout.total_len(),
         global_batch: config.train.global_batch,
         steps,
         step_seconds,
@@ -106,6 +85,72 @@ pub fn run(config: &Config, comm: &Arc<dyn Communicator>, steps: usize) -> Resul
         images_per_second: config.train.global_batch as f64 / step_seconds,
         peak_memory_bytes: peak[0].unsigned_abs(),
     })
+}
+
+/// What it takes to train on random data.
+pub(super) struct Stepper {
+    pub(super) layout: Arc<Layout>,
+    pub(super) state: State,
+    pub(super) gradients: Gradients,
+    compute: Compute,
+    batch: Batch,
+}
+
+impl Stepper {
+    pub(super) fn new(config: &Config, comm: &Arc<dyn Communicator>) -> Result<Self, TrainError> {
+        let device = session::open_device(config, comm.as_ref())?;
+        let sit = config.sit();
+        let layout = Arc::new(sit.layout());
+        let index = index(config);
+        comm.set_hierarchical(config.comm.hierarchical);
+        let plan = Plan::new(&sit, &layout, config.comm.bucket_mib << 20);
+        let gradients = Gradients::new(plan, Exchange::new(config), comm.as_ref());
+        let owned = Owned::new(gradients.owned().iter().cloned());
+        Ok(Self {
+            compute: Compute::new(config, &layout, &index, &device),
+            state: State::new(&layout, config.train.seed, owned),
+            batch: batch(config, &index, comm.as_ref()),
+            gradients,
+            layout,
+        })
+    }
+
+    /// One step, with what there is to tell of a save. Gives the times of the whole, of the backward pass, of exposed
+    /// communication and of the optimizer, and what all ranks told.
+    fn step(
+        &mut self,
+        config: &Config,
+        comm: &Arc<dyn Communicator>,
+        saving: saver::Word,
+    ) -> Result<([Duration; 4], Control), TrainError> {
+        let begin = Instant::now();
+        let scale = self.state.loss_scale(config);
+        let collector = self.gradients.collect(comm);
+        let sink: Arc<dyn GradientSink> = collector.clone();
+        let losses = self.compute.gradients(&self.state.params, &self.batch, scale, &sink);
+        let computed = begin.elapsed();
+        collector.finish(&mut self.gradients)?;
+        let (denoising, alignment) = (losses.denoising, losses.alignment);
+        let mine = Control { denoising, alignment, saving, ..Control::default() };
+        let (control, norm) = update::agree(mine, &self.gradients, scale, comm.as_ref())?;
+        let summed = begin.elapsed();
+        let (_, waited) = update::step(&mut self.state, &mut self.gradients, norm, config, comm.as_ref())?;
+        let all = begin.elapsed();
+        Ok(([all, computed, summed - computed + waited, all - summed - waited], control))
+    }
+
+    /// One step of a run that saves. Gives whether a checkpoint has become durable.
+    pub(super) fn step_saving(
+        &mut self,
+        config: &Config,
+        comm: &Arc<dyn Communicator>,
+        saver: &mut Saver,
+    ) -> Result<bool, TrainError> {
+        let word = saver.word(comm.as_ref());
+        let (_, control) = self.step(config, comm, word)?;
+        let event = saver.learn(control.saving, comm.as_ref())?;
+        Ok(matches!(event, Some(Event::Durable(_))))
+    }
 }
 
 /// Data that the configuration's model fits.

@@ -3,6 +3,7 @@
 //! On a shared file system every rank reads what it needs. Where hosts have disks of their own, each shard is read on
 //! a host that has it, and broadcast.
 
+use rayon::prelude::*;
 use repa_comm::{Communicator, RemoteError};
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
@@ -159,20 +160,24 @@ fn examine(
         let problem = format!("the checkpoint {} lacks {missing} of {} shards", path.display(), first.of);
         return Ok(Err(problem));
     };
-    // Every leader checks what it would read.
-    let leads = placement.leader == comm.rank();
-    let here = sights.iter().any(|(rank, _)| *rank == comm.rank());
-    let fault = match leads && here {
-        true => checkpoints.open_any(step).map_or_else(
+    // The ranks of a group share the work of checking what its leader would read.
+    let place = placement.members.iter().position(|&rank| rank == comm.rank()).unwrap_or(0);
+    let mine = (0..owners.len())
+        .filter(|n| owners[*n] == placement.leader)
+        .skip(place)
+        .step_by(placement.members.len());
+    let mine: Vec<usize> = mine.collect();
+    let fault = if mine.is_empty() {
+        None
+    } else {
+        checkpoints.open_any(step).map_or_else(
             |error| Some(error.to_string()),
             |checkpoint| {
-                use rayon::prelude::*;
-                let mine = (0..owners.len()).into_par_iter().filter(|&n| owners[n] == comm.rank());
-                let faults: Vec<_> = mine.filter_map(|n| checkpoint.fault(n, &|_| ())).collect();
-                faults.into_iter().next().map(|fault| fault.to_string())
+                let faults = mine.into_par_iter().map(|n| checkpoint.fault(n, &|_| ()));
+                let faults: Vec<_> = faults.collect();
+                faults.into_iter().flatten().next().map(|fault| fault.to_string())
             },
-        ),
-        false => None,
+        )
     };
     let gathered = comm.all_gather_bytes(fault.unwrap_or_default().as_bytes()).map_err(TrainError::from);
     let faults = agree(comm, gathered)?;

@@ -1,7 +1,9 @@
 //! The training loop: what every rank does, step by step.
 
+mod backend;
 pub mod bench;
 mod buckets;
+pub mod checkpoint_bench;
 mod compute;
 mod error;
 mod feed;
@@ -23,6 +25,7 @@ use std::time::{Duration, Instant};
 use repa_comm::board::Phase;
 use repa_comm::{Board, Communicator, Failure, ReduceOp, RemoteError, all_or_first_error};
 
+pub use backend::communicator;
 pub use compute::{Compute, LossSums};
 pub use error::TrainError;
 pub use folder::{RunFolder, checkpoints, checkpoints_of, targets};
@@ -92,9 +95,7 @@ fn begin(loaded: &Loaded, comm: &dyn Communicator, stop: &mut StopRequest) -> Re
     };
     let (device, data) = agree(comm, local())?;
     resume::same_settings(loaded, comm)?;
-    // Longer than this counts as for ever.
-    const LONGEST: f64 = 1e9;
-    comm.set_deadline(Some(Duration::from_secs_f64(config.comm.timeout_seconds.min(LONGEST))));
+    comm.set_deadline(Some(deadline(config)));
     let board = agree(comm, Board::start(comm).map_err(TrainError::from))?;
     comm.set_hierarchical(config.comm.hierarchical);
     let layout = Arc::new(config.sit().layout());
@@ -106,6 +107,13 @@ fn begin(loaded: &Loaded, comm: &dyn Communicator, stop: &mut StopRequest) -> Re
         agree(comm, Session::open(config, comm, &data, &device, layout, gradients, board, beginning))?;
     agree(comm, session.announce(config, comm))?;
     Ok(session)
+}
+
+/// How long a collective may take.
+fn deadline(config: &Config) -> Duration {
+    // Longer than this counts as for ever.
+    const LONGEST: f64 = 1e9;
+    Duration::from_secs_f64(config.comm.timeout_seconds.min(LONGEST))
 }
 
 /// All ranks go on, or all end with the first error.

@@ -19,6 +19,8 @@ pub(super) struct Placement {
     pub(super) leaders: Vec<usize>,
     /// This rank's group's.
     pub(super) leader: usize,
+    /// The ranks of this rank's group, ascending.
+    pub(super) members: Vec<usize>,
 }
 
 impl Placement {
@@ -30,7 +32,8 @@ impl Placement {
     /// Finds out, by files that each host makes and all look for. Called by all ranks.
     pub(super) fn find(checkpoints: &Checkpoints, comm: &dyn Communicator) -> Result<Self, RemoteError> {
         let Some(folder) = checkpoints.local_folder() else {
-            return Ok(Self { leaders: vec![0], leader: 0 });
+            let members = (0..comm.size()).collect();
+            return Ok(Self { leaders: vec![0], leader: 0, members });
         };
         let token = agree(comm, token(comm))?;
         let error = |problem: &'static str| {
@@ -51,10 +54,11 @@ impl Placement {
             // One that stays behind is hidden, empty, and named after no checkpoint.
             let _ = fs::remove_file(mark(comm.rank()));
         }
+        let members = (0..comm.size()).filter(|&rank| all[rank][0] == seen as u64).collect();
         let mut leaders: Vec<usize> = all.iter().map(|seen| seen[0] as usize).collect();
         leaders.sort_unstable();
         leaders.dedup();
-        Ok(Self { leaders, leader: seen })
+        Ok(Self { leaders, leader: seen, members })
     }
 }
 

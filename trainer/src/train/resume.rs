@@ -8,7 +8,7 @@ use super::folder::{RunFolder, checkpoints};
 use super::gather::{self, Candidate, Wanted};
 use super::placement::Placement;
 use super::{Owned, State, StopRequest, TrainError, agree};
-use crate::checkpoint::{Array, Checkpoint, Checkpoints};
+use crate::checkpoint::{Array, Checkpoint, CheckpointError, Checkpoints, Retention};
 use crate::config::{Config, ConfigError, InitWeights, Loaded, Resume};
 use crate::params::Layout;
 use crate::weights::Weights;
@@ -97,11 +97,10 @@ pub(super) fn begin(
         }
         other = Some((theirs, placement));
     }
-    let branch = match (&found, wanted) {
-        (Some(found), Wanted::Branch(step)) => agree(comm, go_back(&own, found, step, leads, &mut said))?,
-        (Some(found), _) => found.checkpoint.manifest().branch,
-        (None, _) => None,
-    };
+    let branch = found.as_ref().and_then(|found| match wanted {
+        Wanted::Branch(step) if found.checkpoint.progress().step == step => Some(step),
+        _ => found.checkpoint.manifest().branch,
+    });
     let state = match &found {
         Some(found) => {
             agree(comm, same_run(config, &found.checkpoint))?;
@@ -111,10 +110,9 @@ pub(super) fn begin(
         None => agree(comm, fresh(config, layout, owned, &mut said))?,
     };
     // Nothing else writes there now.
-    let cleared = if leads { own.discard_unfinished() } else { Ok(Vec::new()) };
-    for unfinished in agree(comm, cleared.map_err(TrainError::from))? {
-        said.push(format!("cleared away {unfinished}, a save that was cut short"));
-    }
+    let durable = durable && other.is_none();
+    let tidied = if leads { tidy(config, &own, durable.then_some(state.step)) } else { Ok(Vec::new()) };
+    said.extend(agree(comm, tidied.map_err(TrainError::from))?);
     let written = match &folder {
         Some(folder) => folder.write("config.toml", &super::session::config_text(loaded)),
         None => Ok(()),
@@ -164,23 +162,24 @@ fn elsewhere(path: &Path) -> Result<(Checkpoints, Wanted), TrainError> {
     Ok((super::folder::checkpoints_of(path), Wanted::Newest))
 }
 
-/// Goes back to a step of the run's own, once: a start with the same settings after that goes on from the newest.
-fn go_back(
-    own: &Checkpoints,
-    found: &Candidate,
-    step: u64,
-    leads: bool,
-    said: &mut Vec<String>,
-) -> Result<Option<u64>, TrainError> {
-    if found.checkpoint.progress().step != step {
-        return Ok(found.checkpoint.manifest().branch);
+/// Leaves only what belongs to the run as it goes on from `step`, its newest checkpoint: later ones, damaged or not,
+/// are set aside, unfinished ones cleared away, and what an end before its time left too many of is removed.
+fn tidy(config: &Config, own: &Checkpoints, step: Option<u64>) -> Result<Vec<String>, CheckpointError> {
+    let mut said = Vec::new();
+    if let Some(step) = step {
+        let aside = own.set_aside_after(step)?;
+        said.extend(aside.iter().map(|path| format!("set aside a later checkpoint: {}", path.display())));
+        own.prune(&retention(config), &config.checkpoint.best_metric)?;
     }
-    if leads {
-        for path in own.set_aside_after(step)? {
-            said.push(format!("set aside a later checkpoint: {}", path.display()));
-        }
-    }
-    Ok(Some(step))
+    let unfinished = own.discard_unfinished()?;
+    said.extend(unfinished.iter().map(|name| format!("cleared away {name}, a save that was cut short")));
+    Ok(said)
+}
+
+/// What a run keeps.
+pub(super) fn retention(config: &Config) -> Retention {
+    let keep = &config.checkpoint;
+    Retention { last: keep.keep, every: keep.keep_every, best: keep.keep_best }
 }
 
 /// Refuses to go on with settings that would change what the run is.

@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use super::placement::Placement;
 use super::snapshot::{Report, Setting, Writer};
-use super::{State, TrainError};
-use crate::checkpoint::{About, CheckpointError, Checkpoints, Progress, Retention, ShardRecord};
+use super::{State, TrainError, resume};
+use crate::checkpoint::{About, CheckpointError, Checkpoints, Progress, ShardRecord};
 use crate::config::{CheckpointConfig, Config, Sharding};
 use crate::params::Layout;
 use crate::telemetry::names;
@@ -99,7 +99,7 @@ impl Saver {
         let setting = Setting {
             checkpoints,
             layout: layout.clone(),
-            retention: Retention { last: keep.keep, every: keep.keep_every, best: keep.keep_best },
+            retention: resume::retention(config),
             metric: keep.best_metric.clone(),
             sharded: config.optimizer.sharding == Sharding::Zero1,
             place: (comm.rank(), comm.size()),
