@@ -245,3 +245,36 @@ fn half_precision_follows_float32() {
         assert!(worst < 0.02, "{precision}: losses differ by {worst:.4}");
     }
 }
+
+/// A rank that stands still is named, and the run ends; nothing else would have ended it.
+#[test]
+fn a_step_that_never_ends_ends_the_run() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = folder.path().join("store");
+    small_store(&store, 23);
+    let run = folder.path().join("run");
+    let mut arguments = small_model(&store, &run);
+    arguments.extend(["train.steps=1000000", "train.step_timeout_seconds=2"].map(str::to_owned));
+    let running = start(2, &arguments);
+    let status = || -> Option<serde_json::Value> {
+        serde_json::from_str(&std::fs::read_to_string(run.join("status.json")).ok()?).ok()
+    };
+    let begun = Instant::now();
+    let victim = loop {
+        assert!(begun.elapsed() < DEADLINE, "no status");
+        let found = status().filter(|s| s["step"].as_u64() > Some(5) && s["ranks"][1]["state"] == "running");
+        if let Some(found) = found {
+            break found["ranks"][1]["pid"].as_u64().expect("a process number").to_string();
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    assert!(Command::new("kill").args(["-s", "STOP", &victim]).status().expect("kill runs").success());
+    let ended = running.wait(Duration::from_secs(30));
+    let said = &ended.stderr;
+    assert!(
+        said.contains("no step has been made for ") && said.contains("(train.step_timeout_seconds)"),
+        "{said}"
+    );
+    assert!(said.contains(": its process is stopped; step "), "{said}");
+    assert_ne!(ended.code, Some(0));
+}

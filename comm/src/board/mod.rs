@@ -204,7 +204,7 @@ impl Board {
         self.record().set_step(step);
     }
 
-    /// How long the last step took.
+    /// How long the last step took, without waiting for other ranks, so that ranks can be compared.
     pub fn publish_step_time(&self, time: Duration) {
         self.record().set_step_time(time);
     }

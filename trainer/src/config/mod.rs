@@ -331,6 +331,9 @@ pub struct TrainConfig {
     pub threads: usize,
     /// Non-finite steps in a row after which the run stops.
     pub max_skipped_steps: u64,
+    /// Seconds without a new step after which the run ends with an error that says what each late rank does; 0 for
+    /// none. Saves do not count.
+    pub step_timeout_seconds: f64,
 }
 
 impl Default for TrainConfig {
@@ -343,6 +346,7 @@ impl Default for TrainConfig {
             precision: Precision::F32,
             threads: 0,
             max_skipped_steps: 10,
+            step_timeout_seconds: 1800.0,
         }
     }
 }

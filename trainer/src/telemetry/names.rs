@@ -34,6 +34,10 @@ pub const COMMUNICATION_SECONDS: &str = "repa_communication_seconds";
 pub const COMMUNICATION_BUSY_SECONDS: &str = "repa_communication_busy_seconds";
 /// Seconds of a step spent in clipping, AdamW and EMA.
 pub const OPTIMIZER_SECONDS: &str = "repa_optimizer_seconds";
+/// Seconds of a rank's own work in its last step, by `peer` and `host`, as rank 0 sees it.
+pub const RANK_WORK_SECONDS: &str = "repa_rank_work_seconds";
+/// Ranks that are persistently slower than the others.
+pub const STRAGGLERS: &str = "repa_stragglers";
 /// Seconds from a checkpoint's snapshot until it was durable.
 pub const CHECKPOINT_SECONDS: &str = "repa_checkpoint_seconds";
 /// Seconds that copying the state for a checkpoint kept training waiting.

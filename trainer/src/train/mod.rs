@@ -18,6 +18,7 @@ mod snapshot;
 mod state;
 mod stop;
 mod update;
+mod watch;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -33,6 +34,7 @@ pub use inputs::Inputs;
 pub use session::{device, use_threads};
 pub use state::{Owned, State};
 pub use stop::StopRequest;
+pub use watch::status_path;
 
 use crate::config::{Config, Loaded};
 use crate::exit::Outcome;
@@ -109,10 +111,11 @@ fn begin(loaded: &Loaded, comm: &dyn Communicator, stop: &mut StopRequest) -> Re
     Ok(session)
 }
 
+/// Seconds beyond which a time counts as for ever.
+const LONGEST: f64 = 1e9;
+
 /// How long a collective may take.
 fn deadline(config: &Config) -> Duration {
-    // Longer than this counts as for ever.
-    const LONGEST: f64 = 1e9;
     Duration::from_secs_f64(config.comm.timeout_seconds.min(LONGEST))
 }
 
@@ -175,7 +178,8 @@ impl Session {
         self.count_skips(config, comm.as_ref(), skipped, finite)?;
         let optimizer = optimizing.elapsed() - waited;
 
-        self.board.publish_step_time(started.elapsed());
+        // Own work: what other ranks keep this one waiting for would make all alike.
+        self.board.publish_step_time(started.elapsed().saturating_sub(exposed + waited));
         self.board.publish_phase(Phase::Idle);
         let samples = config.train.global_batch as f64;
         let (denoising, alignment) = (control.denoising / samples, control.alignment / samples);

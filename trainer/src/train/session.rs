@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use repa_comm::board::Phase;
 use repa_comm::{Board, Communicator};
@@ -11,6 +12,7 @@ use super::feed::{Data, Feed};
 use super::folder::{self, RunFolder};
 use super::resume::Beginning;
 use super::saver::{Event, Saver};
+use super::watch::{self, Watch};
 use super::{Compute, State, StopRequest, TrainError};
 use crate::Device;
 use crate::config::{Config, ConfigError, Loaded};
@@ -45,6 +47,7 @@ pub(super) struct Lead {
     _folder: RunFolder,
     log: RunLog,
     progress: Progress,
+    watch: Watch,
 }
 
 impl Session {
@@ -90,7 +93,18 @@ impl Session {
                     source,
                 })?;
                 let progress = Progress::new(config.telemetry.progress, state.step, config.train.steps);
-                Ok::<_, TrainError>(Lead { _folder: folder, log, progress })
+                let limit = config.train.step_timeout_seconds;
+                let setting = watch::Setting {
+                    run: config.run.dir.clone(),
+                    steps: config.train.steps,
+                    limit: (limit > 0.0).then(|| Duration::from_secs_f64(limit.min(super::LONGEST))),
+                };
+                let watch = Watch::start(board.clone(), setting)
+                    .map_err(|e| TrainError::Setup { what: "the watching thread", problem: e.to_string() })?;
+                if durable {
+                    watch.durable(state.step);
+                }
+                Ok::<_, TrainError>(Lead { _folder: folder, log, progress, watch })
             })
             .transpose()?;
         let mut saver = Saver::new(config, checkpoints, &layout, placement, &state, branch, comm)?;
@@ -198,8 +212,10 @@ impl Session {
 
     /// Says what has become of a save, on rank 0.
     pub(super) fn say(&self, event: &Event) {
-        if let (Some(lead), Event::Failed(failure)) = (&self.lead, event) {
-            lead.progress.line(failure);
+        match (&self.lead, event) {
+            (Some(lead), Event::Failed(failure)) => lead.progress.line(failure),
+            (Some(lead), Event::Durable(step)) => lead.watch.durable(*step),
+            (None, _) => {}
         }
     }
 
