@@ -50,6 +50,7 @@ impl Config {
             }
         }
         for (key, value) in [
+            ("telemetry.peak_tflops", self.telemetry.peak_tflops),
             ("train.step_timeout_seconds", train.step_timeout_seconds),
             ("checkpoint.every_minutes", self.checkpoint.every_minutes),
             ("optimizer.weight_decay", optimizer.weight_decay),

@@ -505,6 +505,9 @@ pub struct TelemetryConfig {
     pub port: u16,
     /// How rank 0 shows progress.
     pub progress: Progress,
+    /// What the devices of all ranks can do together, in 10^12 floating-point operations a second at the training
+    /// precision, for the model FLOP utilisation (MFU); 0 leaves it out.
+    pub peak_tflops: f64,
 }
 
 /// How rank 0 shows progress.
@@ -528,6 +531,7 @@ impl Default for TelemetryConfig {
             bind: std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST),
             port: 9400,
             progress: Progress::Auto,
+            peak_tflops: 0.0,
         }
     }
 }

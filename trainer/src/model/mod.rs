@@ -4,6 +4,7 @@
 mod block;
 mod config;
 mod embeddings;
+mod flops;
 mod precision;
 mod presets;
 mod projector;

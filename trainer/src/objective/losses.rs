@@ -20,14 +20,19 @@ pub fn denoising_loss(velocity: Tensor<4>, target: Tensor<4>) -> Tensor<1> {
 ///
 /// At least one encoder, and equal shapes, are taken for granted: anything else panics.
 pub fn alignment_loss(projected: Vec<Tensor<3>>, features: &[Tensor<3>]) -> Tensor<1> {
+    alignment_of(&similarities(projected, features))
+}
+
+/// Each encoder's part: the cosine similarity of its tokens, averaged over tokens, [N].
+pub fn similarities(projected: Vec<Tensor<3>>, features: &[Tensor<3>]) -> Vec<Tensor<1>> {
     assert_eq!(projected.len(), features.len(), "projected tokens and features of as many encoders");
-    let encoders = projected.len() as f64;
-    let sum = projected
-        .into_iter()
-        .zip(features)
-        .map(|(projected, features)| mean_similarity(projected, features.clone()))
-        .reduce(|a, b| a + b)
-        .expect("alignment with at least one encoder");
+    projected.into_iter().zip(features).map(|(p, f)| mean_similarity(p, f.clone())).collect()
+}
+
+/// The loss from its parts.
+pub fn alignment_of(similarities: &[Tensor<1>]) -> Tensor<1> {
+    let encoders = similarities.len() as f64;
+    let sum = similarities.iter().cloned().reduce(|a, b| a + b).expect("alignment with at least one encoder");
     sum * (-1.0 / encoders)
 }
 

@@ -8,7 +8,7 @@ mod scaler;
 mod weighting;
 
 pub use interpolant::{Path, interpolate};
-pub use losses::{alignment_loss, denoising_loss};
+pub use losses::{alignment_loss, alignment_of, denoising_loss, similarities};
 pub use resample::resample_tokens;
 pub use scaler::LossScaler;
 pub use weighting::{Weighting, WeightingError};

@@ -6,7 +6,7 @@ use std::path::Path;
 use metrics::gauge;
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder};
 
-use super::names;
+use super::{host, names};
 
 /// Ports that are tried beyond the wanted one.
 const PORTS_TRIED: u16 = 64;
@@ -28,6 +28,10 @@ pub struct Identity {
     pub run: String,
     /// Name of the model.
     pub model: String,
+    /// The scheduler's number of the job; empty without one.
+    pub job_id: String,
+    /// How often the job has been started again.
+    pub restarts: u64,
 }
 
 /// Why a rank serves no metrics.
@@ -63,6 +67,13 @@ pub fn start(bind: IpAddr, port: u16, identity: &Identity) -> Result<SocketAddr,
         match install(address, identity) {
             Ok(()) => {
                 announce(identity);
+                let gpu = match identity.device.as_str() {
+                    "cpu" => None,
+                    device => Some(crate::config::cuda_index(device).unwrap_or(identity.local_rank)),
+                };
+                if let Err(error) = host::start(gpu) {
+                    tracing::warn!("no metrics of the process: {error}");
+                }
                 return Ok(address);
             }
             Err(e) => reason = e.to_string(),
@@ -83,6 +94,7 @@ fn announce(identity: &Identity) {
     names::describe();
     gauge!(names::RUN_INFO,
         "run" => identity.run.clone(),
+        "job_id" => identity.job_id.clone(),
         "model" => identity.model.clone(),
         "version" => env!("CARGO_PKG_VERSION"),
         "world_size" => identity.world_size.to_string())
@@ -92,6 +104,7 @@ fn announce(identity: &Identity) {
         "local_rank" => identity.local_rank.to_string(),
         "device" => identity.device.clone())
     .set(1.0);
+    gauge!(names::RESTARTS).set(identity.restarts as f64);
 }
 
 /// Writes Prometheus' file_sd target file: one group that holds every rank's address. Readers see

@@ -34,6 +34,48 @@ pub const COMMUNICATION_SECONDS: &str = "repa_communication_seconds";
 pub const COMMUNICATION_BUSY_SECONDS: &str = "repa_communication_busy_seconds";
 /// Seconds of a step spent in clipping, AdamW and EMA.
 pub const OPTIMIZER_SECONDS: &str = "repa_optimizer_seconds";
+/// Alignment loss with one encoder (label `encoder`), mean over this rank's samples of the step.
+pub const ENCODER_ALIGNMENT_LOSS: &str = "repa_encoder_alignment_loss";
+/// Denoising loss where t is in one part of [0, 1] (label `timestep`), mean over this rank's samples there.
+pub const TIMESTEP_DENOISING_LOSS: &str = "repa_timestep_denoising_loss";
+/// Norm of all weights.
+pub const PARAMETER_NORM: &str = "repa_parameter_norm";
+/// Decay of the weights' moving average.
+pub const EMA_DECAY: &str = "repa_ema_decay";
+/// What the loss is multiplied by in float16.
+pub const LOSS_SCALE: &str = "repa_loss_scale";
+/// Optimizer steps of the whole run.
+pub const PLANNED_STEPS: &str = "repa_planned_steps";
+/// Tokens that this rank has trained on.
+pub const TOKENS: &str = "repa_tokens_total";
+/// Floating-point operations a second that the model needs, all ranks together.
+pub const MODEL_FLOPS_PER_SECOND: &str = "repa_model_flops_per_second";
+/// That over what the devices can do.
+pub const MFU_RATIO: &str = "repa_mfu_ratio";
+/// Bytes of the vectors that this rank has handed to collectives.
+pub const COMMUNICATION_BYTES: &str = "repa_communication_bytes_total";
+/// Seconds of a step spent on bringing weights and batch to where they are computed with.
+pub const HOST_TO_DEVICE_SECONDS: &str = "repa_host_to_device_seconds";
+/// Seconds that the encoders took for a batch.
+pub const ENCODER_SECONDS: &str = "repa_encoder_seconds";
+/// Seconds of a step spent in forward passes.
+pub const FORWARD_SECONDS: &str = "repa_forward_seconds";
+/// Seconds of a step spent in backward passes.
+pub const BACKWARD_SECONDS: &str = "repa_backward_seconds";
+/// Batches that the loader holds ready.
+pub const LOADER_QUEUE_DEPTH: &str = "repa_loader_queue_depth";
+/// Bytes that the loader has read.
+pub const LOADER_BYTES: &str = "repa_loader_bytes_total";
+/// Free bytes of the disk that a folder (label `folder`) is on.
+pub const DISK_FREE_BYTES: &str = "repa_disk_free_bytes";
+/// How often the job has been started again.
+pub const RESTARTS: &str = "repa_restarts";
+/// Used bytes of this rank's GPU.
+pub const GPU_MEMORY_USED_BYTES: &str = "repa_gpu_memory_used_bytes";
+/// Bytes of this rank's GPU.
+pub const GPU_MEMORY_TOTAL_BYTES: &str = "repa_gpu_memory_total_bytes";
+/// Part of the time in which this rank's GPU did something.
+pub const GPU_UTILIZATION_RATIO: &str = "repa_gpu_utilization_ratio";
 /// Seconds of a rank's own work in its last step, by `peer` and `host`, as rank 0 sees it.
 pub const RANK_WORK_SECONDS: &str = "repa_rank_work_seconds";
 /// Ranks that are persistently slower than the others.
@@ -79,6 +121,32 @@ pub fn describe() {
             "Step of the last durable checkpoint that this process has seen saved",
         ),
         (CHECKPOINT_TIME, Unit::Seconds, "When that checkpoint became durable, in seconds since 1970"),
+        (
+            ENCODER_ALIGNMENT_LOSS,
+            Unit::Count,
+            "Alignment loss with one encoder, mean over this rank's samples of the last step",
+        ),
+        (
+            TIMESTEP_DENOISING_LOSS,
+            Unit::Count,
+            "Denoising loss where t is in one part of [0, 1], mean over this rank's samples there, when it had some",
+        ),
+        (PARAMETER_NORM, Unit::Count, "Norm of all weights, every 50 steps; on rank 0 only"),
+        (EMA_DECAY, Unit::Count, "Decay of the weights' moving average"),
+        (LOSS_SCALE, Unit::Count, "What the loss is multiplied by before the backward pass in float16"),
+        (PLANNED_STEPS, Unit::Count, "Optimizer steps of the whole run"),
+        (
+            MODEL_FLOPS_PER_SECOND,
+            Unit::CountPerSecond,
+            "Floating-point operations a second of the model's matrix products, all ranks together",
+        ),
+        (MFU_RATIO, Unit::Count, "Those over what the devices can do (telemetry.peak_tflops)"),
+        (LOADER_QUEUE_DEPTH, Unit::Count, "Batches that the loader holds ready"),
+        (DISK_FREE_BYTES, Unit::Bytes, "Free bytes of the disk that a folder is on; on rank 0 only"),
+        (RESTARTS, Unit::Count, "How often the job has been started again"),
+        (GPU_MEMORY_USED_BYTES, Unit::Bytes, "Used memory of this rank's GPU"),
+        (GPU_MEMORY_TOTAL_BYTES, Unit::Bytes, "Memory of this rank's GPU"),
+        (GPU_UTILIZATION_RATIO, Unit::Count, "Part of the time in which this rank's GPU did something"),
         (RUN_INFO, Unit::Count, "1, with the run's name, model, version and world size as labels"),
         (RANK_INFO, Unit::Count, "1, with the rank's host, local rank and device as labels"),
     ];
@@ -88,6 +156,9 @@ pub fn describe() {
     let counters = [
         (STEPS, Unit::Count, "Optimizer steps that this process has taken part in"),
         (IMAGES, Unit::Count, "Images that this rank has trained on"),
+        (TOKENS, Unit::Count, "Tokens that this rank has trained on"),
+        (COMMUNICATION_BYTES, Unit::Bytes, "Bytes of the vectors that this rank has handed to collectives"),
+        (LOADER_BYTES, Unit::Bytes, "Bytes that this rank's loader has read"),
         (SKIPPED_STEPS, Unit::Count, "Steps left out because the gradient was not finite"),
         (FAILED_CHECKPOINTS, Unit::Count, "Checkpoints that could not be saved"),
         (CHECKPOINT_BYTES, Unit::Bytes, "Bytes of checkpoints that this rank has written"),
@@ -98,6 +169,13 @@ pub fn describe() {
     let durations = [
         (STEP_SECONDS, "Duration of a step"),
         (DATA_WAIT_SECONDS, "Part of a step spent waiting for data"),
+        (
+            HOST_TO_DEVICE_SECONDS,
+            "Part of a step spent on bringing weights and batch to where they are computed with",
+        ),
+        (ENCODER_SECONDS, "Time that the encoders took for a batch, one batch ahead of training"),
+        (FORWARD_SECONDS, "Part of a step spent in forward passes"),
+        (BACKWARD_SECONDS, "Part of a step spent in backward passes"),
         (COMPUTE_SECONDS, "Part of a step spent in the forward and backward pass"),
         (
             COMMUNICATION_SECONDS,

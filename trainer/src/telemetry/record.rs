@@ -8,6 +8,7 @@ use metrics::{counter, gauge, histogram};
 use serde::{Deserialize, Serialize};
 
 use super::names;
+use crate::train::{Details, TIMESTEP_PARTS};
 
 /// One line of `metrics.jsonl`. Losses are means over the global batch; times are rank 0's, in
 /// seconds. Numbers carry 9 significant digits.
@@ -75,8 +76,8 @@ impl StepRecord {
         self
     }
 
-    /// Updates the metrics of this rank, which trained on `images` of the step's images.
-    pub fn publish(&self, images: u64) {
+    /// Updates the metrics of this rank.
+    pub fn publish(&self, rank: &RankRecord, facts: &Facts) {
         gauge!(names::LOSS).set(self.loss);
         gauge!(names::DENOISING_LOSS).set(self.denoising_loss);
         gauge!(names::ALIGNMENT_LOSS).set(self.alignment_loss);
@@ -85,7 +86,17 @@ impl StepRecord {
         gauge!(names::STEP).set(self.step as f64);
         gauge!(names::IMAGES_PER_SECOND).set(self.images_per_second);
         counter!(names::STEPS).increment(1);
-        counter!(names::IMAGES).increment(images);
+        counter!(names::IMAGES).increment(rank.images);
+        counter!(names::TOKENS).increment(rank.images * facts.tokens_per_image);
+        counter!(names::COMMUNICATION_BYTES).increment(rank.communicated);
+        rank.publish();
+        let flops = self.images_per_second * facts.flops_per_image;
+        gauge!(names::MODEL_FLOPS_PER_SECOND).set(flops);
+        if facts.peak_flops > 0.0 {
+            gauge!(names::MFU_RATIO).set(flops / facts.peak_flops);
+        }
+        gauge!(names::EMA_DECAY).set(facts.ema_decay);
+        gauge!(names::PLANNED_STEPS).set(facts.steps as f64);
         counter!(names::SKIPPED_STEPS).increment(u64::from(self.skipped));
         histogram!(names::STEP_SECONDS).record(self.step_seconds);
         histogram!(names::DATA_WAIT_SECONDS).record(self.data_wait_seconds);
@@ -93,6 +104,57 @@ impl StepRecord {
         histogram!(names::COMMUNICATION_SECONDS).record(self.communication_seconds);
         histogram!(names::COMMUNICATION_BUSY_SECONDS).record(self.communication_busy_seconds);
         histogram!(names::OPTIMIZER_SECONDS).record(self.optimizer_seconds);
+    }
+}
+
+/// What metrics show of this rank's part of a step.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct RankRecord {
+    /// Images that it trained on.
+    pub images: u64,
+    /// Bytes of the vectors that it handed to collectives.
+    pub communicated: u64,
+    /// Losses in parts, and where the time went.
+    pub details: Details,
+    /// What the loss was multiplied by, where loss scaling is in use.
+    pub loss_scale: Option<f64>,
+}
+
+/// What does not change during a run, and metrics follow from.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Facts {
+    /// Steps of the whole run.
+    pub steps: u64,
+    /// Tokens of an image.
+    pub tokens_per_image: u64,
+    /// See [`crate::model::SitConfig::training_flops`].
+    pub flops_per_image: f64,
+    /// What all ranks' devices can do, in FLOP/s; 0 where nobody has said.
+    pub peak_flops: f64,
+    /// Decay of the weights' moving average.
+    pub ema_decay: f64,
+}
+
+impl RankRecord {
+    fn publish(&self) {
+        let Details { encoders, timesteps, upload, forward, backward } = &self.details;
+        if self.images > 0 {
+            for (number, sum) in encoders.iter().enumerate() {
+                gauge!(names::ENCODER_ALIGNMENT_LOSS, "encoder" => number.to_string())
+                    .set(sum / self.images as f64);
+            }
+        }
+        for (part, (sum, samples)) in timesteps.iter().enumerate().filter(|(_, (_, samples))| *samples > 0) {
+            let bound = |part: usize| part as f64 / TIMESTEP_PARTS as f64;
+            let label = format!("{:.2}-{:.2}", bound(part), bound(part + 1));
+            gauge!(names::TIMESTEP_DENOISING_LOSS, "timestep" => label).set(sum / *samples as f64);
+        }
+        histogram!(names::HOST_TO_DEVICE_SECONDS).record(upload.as_secs_f64());
+        histogram!(names::FORWARD_SECONDS).record(forward.as_secs_f64());
+        histogram!(names::BACKWARD_SECONDS).record(backward.as_secs_f64());
+        if let Some(scale) = self.loss_scale {
+            gauge!(names::LOSS_SCALE).set(scale);
+        }
     }
 }
 

@@ -127,7 +127,7 @@ impl Stepper {
         let scale = self.state.loss_scale(config);
         let collector = self.gradients.collect(comm);
         let sink: Arc<dyn GradientSink> = collector.clone();
-        let losses = self.compute.gradients(&self.state.params, &self.batch, scale, &sink);
+        let (losses, _) = self.compute.gradients(&self.state.params, &self.batch, scale, &sink);
         let computed = begin.elapsed();
         collector.finish(&mut self.gradients)?;
         let (denoising, alignment) = (losses.denoising, losses.alignment);

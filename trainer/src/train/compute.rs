@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use burn::tensor::{Int, Tensor, TensorData};
 
@@ -11,7 +12,7 @@ use crate::config::{Config, ObjectiveConfig};
 use crate::data::loader::Batch;
 use crate::data::store::Index;
 use crate::model::{Precision, Sit, SitConfig};
-use crate::objective::{alignment_loss, denoising_loss, interpolate, resample_tokens};
+use crate::objective::{alignment_of, denoising_loss, interpolate, resample_tokens, similarities};
 use crate::ops::GradientSink;
 use crate::params::{Layout, Params};
 
@@ -22,6 +23,25 @@ pub struct LossSums {
     pub denoising: f64,
     /// Negative cosine similarities with the encoders' tokens, each a mean over tokens and encoders.
     pub alignment: f64,
+}
+
+/// Parts of the unit interval that t is in.
+pub const TIMESTEP_PARTS: usize = 4;
+
+/// What there is to tell of a rank's forward and backward passes. On a GPU, work that is queued counts where it is
+/// waited for.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Details {
+    /// Alignment losses by encoder, added up over the samples.
+    pub encoders: Vec<f64>,
+    /// Denoising losses by the part of [0, 1] that t is in, added up, and the samples there.
+    pub timesteps: [(f64, u64); TIMESTEP_PARTS],
+    /// Time to bring weights and batch to where they are computed with.
+    pub upload: Duration,
+    /// Time of forward passes, losses included.
+    pub forward: Duration,
+    /// Time of backward passes.
+    pub backward: Duration,
 }
 
 /// Computes gradients on one device.
@@ -63,23 +83,26 @@ impl Compute {
         batch: &Batch,
         loss_scale: f32,
         sink: &Arc<dyn GradientSink>,
-    ) -> LossSums {
+    ) -> (LossSums, Details) {
         let mut sums = LossSums::default();
+        let mut details = Details { encoders: vec![0.0; self.sit.z_dims.len()], ..Details::default() };
         let samples = batch.len();
         if samples == 0 {
-            return sums;
+            return (sums, details);
         }
+        let begun = Instant::now();
         let inputs = Inputs::new(batch, &self.index, &self.objective);
         let params = Params::from_flat(&self.layout, weights, &self.device);
+        details.upload += begun.elapsed();
         let most = if self.micro_batch == 0 { samples } else { self.micro_batch };
         for start in (0..samples).step_by(most) {
             let part = start..(start + most).min(samples);
             if part.end == samples {
                 sink.last_part();
             }
-            self.part(&params, batch, &inputs, part, loss_scale, &mut sums, sink);
+            self.part(&params, batch, &inputs, part, loss_scale, (&mut sums, &mut details), sink);
         }
-        sums
+        (sums, details)
     }
 
     #[expect(clippy::too_many_arguments, reason = "one call site, and a struct would only rename them")]
@@ -90,9 +113,10 @@ impl Compute {
         inputs: &Inputs,
         samples: Range<usize>,
         loss_scale: f32,
-        sums: &mut LossSums,
+        (sums, details): (&mut LossSums, &mut Details),
         sink: &Arc<dyn GradientSink>,
     ) {
+        let begun = Instant::now();
         let count = samples.len();
         let (size, channels) = (self.sit.input_size, self.sit.in_channels);
         let each = channels * size * size;
@@ -105,19 +129,36 @@ impl Compute {
         let labels: Vec<i64> = batch.labels[samples.clone()].iter().map(|&label| i64::from(label)).collect();
         let labels = Tensor::<1, Int>::from_data(TensorData::new(labels, [count]), &self.device);
 
+        let features = if self.aligns() { self.features(batch, samples.clone()) } else { Vec::new() };
+        details.upload += begun.elapsed();
+
+        let begun = Instant::now();
         let (x_t, target) =
             interpolate(self.objective.path, images(&inputs.latents), images(&batch.noise), t.clone());
         let output = Sit::bind_watched(&self.sit, params, self.precision, sink).forward(x_t, t, labels);
         let denoising = denoising_loss(output.velocity, target);
-        sums.denoising += sum(denoising.clone());
+        let each = values(denoising.clone());
+        sums.denoising += each.iter().sum::<f64>();
+        for (loss, &t) in each.iter().zip(&inputs.times[samples]) {
+            let part = ((t * TIMESTEP_PARTS as f32) as usize).min(TIMESTEP_PARTS - 1);
+            details.timesteps[part].0 += loss;
+            details.timesteps[part].1 += 1;
+        }
         let mut total = denoising.sum();
         if self.aligns() {
-            let alignment = alignment_loss(output.projected, &self.features(batch, samples));
-            sums.alignment += sum(alignment.clone());
+            let similarities = similarities(output.projected, &features);
+            for (sum, similarity) in details.encoders.iter_mut().zip(&similarities) {
+                *sum -= values(similarity.clone()).iter().sum::<f64>();
+            }
+            let alignment = alignment_of(&similarities);
+            sums.alignment += values(alignment.clone()).iter().sum::<f64>();
             total = total + alignment.sum() * self.coefficient;
         }
         let loss = total * (f64::from(loss_scale) / self.global_batch as f64);
+        details.forward += begun.elapsed();
+        let begun = Instant::now();
         params.leave_gradients(&loss.backward(), sink.as_ref());
+        details.backward += begun.elapsed();
     }
 
     /// Whether there is an alignment loss.
@@ -145,8 +186,8 @@ impl Compute {
     }
 }
 
-/// The sum of a vector, in order, in float64.
-fn sum(values: Tensor<1>) -> f64 {
-    let data = values.into_data().convert::<f32>();
-    data.as_slice::<f32>().expect("converted to f32 above").iter().map(|&v| f64::from(v)).sum()
+/// A vector's elements in float64, for sums in their order.
+fn values(vector: Tensor<1>) -> Vec<f64> {
+    let data = vector.into_data().convert::<f32>();
+    data.as_slice::<f32>().expect("converted to f32 above").iter().map(|&v| f64::from(v)).collect()
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use burn::tensor::{Tensor, TensorData};
 use half::f16;
+use metrics::histogram;
 
 use super::TrainError;
 use crate::Device;
@@ -18,6 +19,7 @@ use crate::data::store::{EncoderSpec, Expected, Index, LatentStore};
 use crate::encoder::VisionEncoder;
 use crate::encoder::preprocess::Preprocess;
 use crate::images::Image;
+use crate::telemetry::names;
 
 /// Images that go through an encoder at once: enough to fill a GPU, few enough for its memory.
 const ENCODER_BATCH: usize = 64;
@@ -240,9 +242,12 @@ impl Online {
                 for batch in spent.try_iter() {
                     loader.recycle(batch);
                 }
-                let result = loader
-                    .next()
-                    .and_then(|(mut batch, _)| fill(&mut batch, &encoders, resolution).map(|()| batch));
+                let result = loader.next().and_then(|(mut batch, _)| {
+                    let begun = Instant::now();
+                    fill(&mut batch, &encoders, resolution)?;
+                    histogram!(names::ENCODER_SECONDS).record(begun.elapsed().as_secs_f64());
+                    Ok(batch)
+                });
                 let failed = result.is_err();
                 // The receiver is gone when training has ended.
                 if sender.send(result).is_err() || failed {

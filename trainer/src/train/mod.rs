@@ -27,7 +27,7 @@ use repa_comm::board::Phase;
 use repa_comm::{Board, Communicator, Failure, ReduceOp, RemoteError, all_or_first_error};
 
 pub use backend::communicator;
-pub use compute::{Compute, LossSums};
+pub use compute::{Compute, Details, LossSums, TIMESTEP_PARTS};
 pub use error::TrainError;
 pub use folder::{RunFolder, checkpoints, checkpoints_of, targets};
 pub use inputs::Inputs;
@@ -39,7 +39,7 @@ pub use watch::status_path;
 use crate::config::{Config, Loaded};
 use crate::exit::Outcome;
 use crate::ops::GradientSink;
-use crate::telemetry::record::StepRecord;
+use crate::telemetry::record::{RankRecord, StepRecord};
 use buckets::{Exchange, Gradients, Plan};
 use session::Session;
 use state::Skipped;
@@ -149,10 +149,10 @@ impl Session {
         self.board.publish_phase(Phase::Computing);
         let computing = Instant::now();
         let scale = self.state.loss_scale(config);
-        let talked = comm.traffic().busy;
+        let before = comm.traffic();
         let collector = self.gradients.collect(comm);
         let sink: Arc<dyn GradientSink> = collector.clone();
-        let losses = self.compute.gradients(&self.state.params, &batch, scale, &sink);
+        let (losses, details) = self.compute.gradients(&self.state.params, &batch, scale, &sink);
         let compute = computing.elapsed();
 
         // What is left of the sums when the backward pass is done: the exposed part of communication.
@@ -181,6 +181,7 @@ impl Session {
         // Own work: what other ranks keep this one waiting for would make all alike.
         self.board.publish_step_time(started.elapsed().saturating_sub(exposed + waited));
         self.board.publish_phase(Phase::Idle);
+        let after = comm.traffic();
         let samples = config.train.global_batch as f64;
         let (denoising, alignment) = (control.denoising / samples, control.alignment / samples);
         let seconds = started.elapsed().as_secs_f64();
@@ -197,12 +198,18 @@ impl Session {
             data_wait_seconds: data_wait.as_secs_f64(),
             compute_seconds: compute.as_secs_f64(),
             communication_seconds: (exposed + waited).as_secs_f64(),
-            communication_busy_seconds: (comm.traffic().busy - talked).as_secs_f64(),
+            communication_busy_seconds: (after.busy - before.busy).as_secs_f64(),
             optimizer_seconds: optimizer.as_secs_f64(),
             snapshot_seconds: self.saver.stalled().as_secs_f64(),
         };
         self.saver.observe(&record);
-        self.tell(&record.rounded(), batch.len(), config)?;
+        let rank = RankRecord {
+            images: batch.len() as u64,
+            communicated: after.bytes - before.bytes,
+            details,
+            loss_scale: config.train.precision.needs_loss_scaling().then_some(f64::from(scale)),
+        };
+        self.tell(&record.rounded(), &rank, config)?;
         self.feed.recycle(batch);
         if let Some(event) = self.saver.learn(control.saving, comm.as_ref())? {
             self.say(&event);

@@ -1,9 +1,11 @@
 //! What a rank holds while it trains, how it comes by it, and how it is put away.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use metrics::gauge;
 use repa_comm::board::Phase;
 use repa_comm::{Board, Communicator};
 
@@ -17,10 +19,12 @@ use super::{Compute, State, StopRequest, TrainError};
 use crate::Device;
 use crate::config::{Config, ConfigError, Loaded};
 use crate::data::loader::LoaderPlan;
+use crate::optim::global_norm;
 use crate::params::Layout;
 use crate::telemetry::exporter::{self, Identity};
+use crate::telemetry::names;
 use crate::telemetry::progress::Progress;
-use crate::telemetry::record::{RunLog, StepRecord, log_path};
+use crate::telemetry::record::{Facts, RankRecord, RunLog, StepRecord, log_path};
 
 /// One rank's part of a run.
 pub(super) struct Session {
@@ -35,11 +39,15 @@ pub(super) struct Session {
     /// Step and lowest rank at which the present row of skipped steps began.
     pub(super) first_skipped: (u64, usize),
     metrics: Option<SocketAddr>,
+    facts: Facts,
     /// What to say of how the run began.
     said: Vec<String>,
     /// What only rank 0 has.
     lead: Option<Lead>,
 }
+
+/// Steps between looks at the weights' norm.
+const NORM_EVERY: u64 = 50;
 
 /// What rank 0 does for all.
 pub(super) struct Lead {
@@ -96,6 +104,7 @@ impl Session {
                 let limit = config.train.step_timeout_seconds;
                 let setting = watch::Setting {
                     run: config.run.dir.clone(),
+                    checkpoints: checkpoints.local_folder().map(Path::to_owned),
                     steps: config.train.steps,
                     limit: (limit > 0.0).then(|| Duration::from_secs_f64(limit.min(super::LONGEST))),
                 };
@@ -122,6 +131,7 @@ impl Session {
             saver,
             board,
             metrics,
+            facts: facts(config),
             said,
             lead,
         })
@@ -171,10 +181,14 @@ impl Session {
     pub(super) fn tell(
         &mut self,
         record: &StepRecord,
-        images: usize,
+        rank: &RankRecord,
         run: &Config,
     ) -> Result<(), TrainError> {
-        record.publish(images as u64);
+        record.publish(rank, &self.facts);
+        // A pass over all weights: seldom, and by one rank.
+        if self.lead.is_some() && (record.step == 1 || record.step.is_multiple_of(NORM_EVERY)) {
+            gauge!(names::PARAMETER_NORM).set(global_norm(&self.state.params));
+        }
         let Some(lead) = &mut self.lead else { return Ok(()) };
         lead.log.write(record).map_err(|source| TrainError::Folder {
             path: run.run.dir.clone(),
@@ -297,6 +311,18 @@ fn cuda_device(name: &str, _index: usize) -> Result<Device, TrainError> {
     .into())
 }
 
+/// What does not change during a run, and metrics follow from.
+fn facts(config: &Config) -> Facts {
+    let sit = config.sit();
+    Facts {
+        steps: config.train.steps,
+        tokens_per_image: sit.tokens() as u64,
+        flops_per_image: sit.training_flops() as f64,
+        peak_flops: config.telemetry.peak_tflops * 1e12,
+        ema_decay: config.optimizer.ema_decay,
+    }
+}
+
 fn identity(config: &Config, comm: &dyn Communicator) -> Identity {
     let dir = &config.run.dir;
     let run = dir.file_name().map_or_else(|| dir.display().to_string(), |n| n.to_string_lossy().into_owned());
@@ -312,6 +338,14 @@ fn identity(config: &Config, comm: &dyn Communicator) -> Identity {
         device: config.device.0.clone(),
         run,
         model,
+        job_id: ["SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID"]
+            .iter()
+            .find_map(|name| std::env::var(name).ok())
+            .unwrap_or_default(),
+        restarts: ["REPA_RESTARTS", "SLURM_RESTART_COUNT"]
+            .iter()
+            .find_map(|name| std::env::var(name).ok()?.parse().ok())
+            .unwrap_or(0),
     }
 }
 

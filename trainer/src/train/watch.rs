@@ -94,6 +94,8 @@ impl Rank {
 pub(super) struct Setting {
     /// The run folder.
     pub(super) run: PathBuf,
+    /// The folder of its checkpoints, where they are in one.
+    pub(super) checkpoints: Option<PathBuf>,
     /// Steps of the whole run.
     pub(super) steps: u64,
     /// Longest time without a new step; None for any.
@@ -121,6 +123,7 @@ impl Watch {
             let mut patience = Patience::new(setting.limit);
             loop {
                 let snapshot = board.snapshot(READING);
+                disks(&setting);
                 let known = shared.load(Ordering::Relaxed);
                 write(&setting, &snapshot, "training", (known != NONE).then_some(known));
                 for slow in stragglers.look(&snapshot) {
@@ -152,6 +155,16 @@ impl Drop for Watch {
         if let Some(thread) = self.thread.take() {
             // A panic there has been reported by its hook.
             let _ = thread.join();
+        }
+    }
+}
+
+/// Publishes how much room there is. A folder that does not exist yet is on its parent's disk.
+fn disks(setting: &Setting) {
+    for (name, folder) in [("run", Some(&setting.run)), ("checkpoints", setting.checkpoints.as_ref())] {
+        let there = folder.and_then(|f| f.ancestors().find_map(|f| rustix::fs::statvfs(f).ok()));
+        if let Some(there) = there {
+            gauge!(names::DISK_FREE_BYTES, "folder" => name).set((there.f_bavail * there.f_frsize) as f64);
         }
     }
 }

@@ -11,11 +11,13 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use half::f16;
+use metrics::{counter, gauge};
 
 use super::batch::rank_samples;
 use super::draws::{Draws, Purpose};
 use super::order::Order;
-use super::store::{Kind, LatentStore, StoreError};
+use super::store::{Kind, LatentStore, Precision, StoreError};
+use crate::telemetry::names;
 
 /// What a rank is to be given.
 #[derive(Debug, Clone, PartialEq)]
@@ -243,6 +245,9 @@ impl Loader {
         let result = queue.recv().unwrap_or(Err(LoaderError::Ended));
         self.next += 1;
         self.failed = result.is_err();
+        if !self.failed {
+            gauge!(names::LOADER_QUEUE_DEPTH).decrement(1.0);
+        }
         result.map(|batch| (batch, begin.elapsed()))
     }
 
@@ -348,10 +353,26 @@ impl Reader {
                 return;
             }
             let failed = result.is_err();
+            if !failed {
+                counter!(names::LOADER_BYTES).increment(self.bytes(&batch));
+                // The one that waits for room in the queue is ready, too.
+                gauge!(names::LOADER_QUEUE_DEPTH).increment(1.0);
+            }
             if sender.send(result.map(|()| batch)).is_err() || failed {
                 return;
             }
         }
+    }
+
+    /// What a batch took to read, as it is stored.
+    fn bytes(&self, batch: &Batch) -> u64 {
+        let element = match self.store.index().contents.precision {
+            Precision::F32 => size_of::<f32>(),
+            Precision::F16 => size_of::<f16>(),
+        };
+        let features: usize = batch.features.iter().map(Vec::len).sum();
+        let images: usize = batch.images.iter().map(Vec::len).sum();
+        (batch.latents.len() * element + features * size_of::<f16>() + images) as u64
     }
 
     /// Fills `batch` with this rank's part of the plan's batch `number`; leaves off early on `stop`.
