@@ -47,11 +47,14 @@ bench: build
 	$(REPA) bench data
 	$(REPA) bench start
 	$(REPA) bench import
+	$(MPIRUN) $(REPA) bench checkpoint --steps 3 model.hidden_size=960 model.num_heads=12
 
 # Installs PyTorch (5 GB) into an environment of its own.
 bench-pytorch: build
 	python3 tests/comparisons/data_loading.py --binary $(REPA)
 	python3 tests/comparisons/all_reduce.py --binary $(REPA)
+	python3 tests/comparisons/checkpoints.py --binary $(REPA)
+	python3 tests/comparisons/weak_scaling.py --binary $(REPA)
 
 check-cuda: setup
 	$(CARGO) check --release --locked -p repa-dist --features cuda
