@@ -158,8 +158,11 @@ impl RankRecord {
     }
 }
 
+/// A figure of a step.
+type Value = fn(&StepRecord) -> f64;
+
 /// What a checkpoint keeps the means of, and how a step gives it.
-pub const MEANS: [(&str, fn(&StepRecord) -> f64); 3] = [
+pub const MEANS: [(&str, Value); 3] = [
     ("loss", |r| r.loss),
     ("denoising_loss", |r| r.denoising_loss),
     ("alignment_loss", |r| r.alignment_loss),

@@ -246,8 +246,8 @@ fn gathered(
     comm: &dyn Communicator,
 ) -> Result<State, RemoteError> {
     let Candidate { checkpoint, owners } = found;
-    let whole = [0..layout.trainable_len()];
-    let ranges = |array| if array == Array::Model { &whole[..] } else { owned.ranges() };
+    let whole = Owned::whole(layout.trainable_len());
+    let ranges = |array| if array == Array::Model { whole.ranges() } else { owned.ranges() };
     let checked = Array::ALL.iter().try_for_each(|&array| checkpoint.check(layout, array));
     agree(comm, checked.map_err(TrainError::from))?;
     let mut wanted: Vec<(usize, Stretch)> = Vec::new();
@@ -378,7 +378,7 @@ mod tests {
             };
             let expected = [random(0), random(1), random(2), random(3)];
             let [params, ema, exp_avg, exp_avg_sq] = expected.clone();
-            let first = Owned::new([0..params.len()]);
+            let first = Owned::whole(params.len());
             let scaler = LossScaler::default();
             let state =
                 State { step: 7, samples: 56, updates: 7, params, owned: first, ema, exp_avg, exp_avg_sq, scaler };

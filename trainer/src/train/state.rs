@@ -35,6 +35,11 @@ impl Owned {
         owned
     }
 
+    /// All of an array.
+    pub fn whole(len: usize) -> Self {
+        Self::new(std::iter::once(0..len))
+    }
+
     /// The ranges, neighbours joined.
     pub fn ranges(&self) -> &[Range<usize>] {
         &self.ranges
@@ -211,7 +216,7 @@ mod tests {
         config.train.precision = precision;
         let mut layout = Layout::default();
         layout.add("w", &[3], Init::Ones);
-        (config, State::new(&layout, 0, Owned::new([0..3])))
+        (config, State::new(&layout, 0, Owned::whole(3)))
     }
 
     fn advance(state: &mut State, config: &Config, gradients: &[f32], norm: f64) -> Result<(), Skipped> {
