@@ -124,11 +124,3 @@ fn use_threads(threads: usize) -> Result<(), Failure> {
         threads => Ok(repa_trainer::train::use_threads(threads)?),
     }
 }
-
-/// Sends the log to standard error: warnings, or what RUST_LOG asks for; errors only above rank 0.
-fn log_to_stderr(rank: usize) {
-    use tracing_subscriber::EnvFilter;
-    let quiet = if rank == 0 { "warn" } else { "error" };
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(quiet));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-}

@@ -23,7 +23,6 @@ pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     settings.values.extend(arguments.resume.iter().map(|resume| format!("run.resume={resume}")));
     let mpi = repa_comm::init(&Options::default()).map_err(Failure::runtime)?;
     repa_comm::install_panic_hook();
-    super::log_to_stderr(mpi.rank());
     // Every rank reads its own configuration; a mistake in it is reported once.
     let local = settings.load().map_err(|e| e.of_rank());
     let loaded = all_or_first_error(mpi.as_ref(), local).unwrap_or_else(|e| end_with(mpi.as_ref(), &e));

@@ -505,9 +505,21 @@ pub struct TelemetryConfig {
     pub port: u16,
     /// How rank 0 shows progress.
     pub progress: Progress,
+    /// How log lines look, which RUST_LOG chooses: `text` or `json`.
+    pub log: LogFormat,
     /// What the devices of all ranks can do together, in 10^12 floating-point operations a second at the training
     /// precision, for the model FLOP utilisation (MFU); 0 leaves it out.
     pub peak_tflops: f64,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// An object a line.
+    Json,
 }
 
 /// How rank 0 shows progress.
@@ -531,6 +543,7 @@ impl Default for TelemetryConfig {
             bind: std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST),
             port: 9400,
             progress: Progress::Auto,
+            log: LogFormat::Text,
             peak_tflops: 0.0,
         }
     }

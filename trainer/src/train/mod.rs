@@ -5,6 +5,7 @@ pub mod bench;
 mod buckets;
 pub mod checkpoint_bench;
 mod compute;
+mod environment;
 mod error;
 mod feed;
 mod folder;
@@ -40,6 +41,7 @@ use crate::config::{Config, Loaded};
 use crate::exit::Outcome;
 use crate::ops::GradientSink;
 use crate::telemetry::record::{RankRecord, StepRecord};
+use crate::telemetry::set_step;
 use buckets::{Exchange, Gradients, Plan};
 use session::Session;
 use state::Skipped;
@@ -142,6 +144,7 @@ impl Session {
     ) -> Result<Asked, TrainError> {
         let started = Instant::now();
         comm.set_step(self.state.step + 1);
+        set_step(self.state.step + 1);
         self.board.publish_step(self.state.step + 1);
         self.board.publish_phase(Phase::WaitingForData);
         let (batch, data_wait) = self.feed.next()?;

@@ -114,7 +114,12 @@ pub(super) fn begin(
     let tidied = if leads { tidy(config, &own, durable.then_some(state.step)) } else { Ok(Vec::new()) };
     said.extend(agree(comm, tidied.map_err(TrainError::from))?);
     let written = match &folder {
-        Some(folder) => folder.write("config.toml", &super::session::config_text(loaded)),
+        Some(folder) => {
+            let environment = super::environment::describe(comm);
+            folder
+                .write("config.toml", &super::session::config_text(loaded))
+                .and_then(|()| folder.write("environment.json", &format!("{environment:#}\n")))
+        }
         None => Ok(()),
     };
     agree(comm, written)?;
