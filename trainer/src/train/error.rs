@@ -127,7 +127,8 @@ impl TrainError {
     pub fn kind(&self) -> Kind {
         match self {
             Self::Config(_) | Self::Folder { .. } | Self::InUse { .. } | Self::OtherRun { .. } => Kind::Usage,
-            Self::Store(_) | Self::Loader(_) | Self::Checkpoint(_) | Self::Weights(_) => Kind::Data,
+            Self::Checkpoint(error) => error.kind(),
+            Self::Store(_) | Self::Loader(_) | Self::Weights(_) => Kind::Data,
             Self::Exporter(_)
             | Self::Comm(_)
             | Self::NotFinite { .. }
