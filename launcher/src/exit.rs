@@ -72,7 +72,7 @@ impl From<StoreError> for Failure {
 
 impl From<CheckpointError> for Failure {
     fn from(error: CheckpointError) -> Self {
-        Self::data(error)
+        Self::of(error.kind(), &error)
     }
 }
 
@@ -98,6 +98,7 @@ impl From<GenerateError> for Failure {
     fn from(error: GenerateError) -> Self {
         let kind = match &error {
             GenerateError::Config(_) => Kind::Usage,
+            GenerateError::Checkpoint(error) => error.kind(),
             GenerateError::Sample(_) => Kind::Runtime,
             _ => Kind::Data,
         };

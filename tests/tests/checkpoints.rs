@@ -258,7 +258,7 @@ fn a_full_disk_costs_a_save_and_not_the_run() {
     assert!(said.contains("No space left on device"), "{said}");
     assert!(said.contains("Training goes on; the last good one is that of step 5"), "{said}");
     assert_eq!(said.matches("error: ").count(), 1, "{said}");
-    assert!(said.contains("4 saves in a row have failed") && said.contains("free space"), "{said}");
+    assert!(said.contains("4 saves in a row have failed") && said.contains("make room there"), "{said}");
     let left = checkpoint(&["list", "--json", text(&place.run("run"))], 0).stdout;
     let left: serde_json::Value = serde_json::from_str(&left).expect("JSON");
     assert_eq!(left[0]["step"], 5);

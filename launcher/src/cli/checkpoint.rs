@@ -5,7 +5,7 @@ use std::time::SystemTime;
 
 use clap::{Args, Subcommand};
 use repa_trainer::checkpoint::reference::{self, Contents, Options, ReferenceError};
-use repa_trainer::checkpoint::{Checkpoint, diff, split};
+use repa_trainer::checkpoint::{Checkpoint, Checkpoints, diff, name, split};
 use repa_trainer::exit::Kind;
 use repa_trainer::telemetry::progress::duration;
 use repa_trainer::train::{RunFolder, checkpoints_of};
@@ -23,7 +23,7 @@ pub struct Arguments {
 enum Command {
     /// List a run's checkpoints: step, size, age, ranks that wrote it, state
     List {
-        /// Run folder
+        /// Run folder, or s3://BUCKET/PREFIX
         #[arg(value_name = "RUN", default_value = "runs/quickstart")]
         run: PathBuf,
         /// Print JSON
@@ -32,7 +32,7 @@ enum Command {
     },
     /// Read all of one checkpoint, or of all of a run's, and compare every digest
     Verify {
-        /// Run folder, or a checkpoint's folder (step-N)
+        /// Run folder, or a checkpoint's folder (step-N); s3://BUCKET/PREFIX and s3://BUCKET/PREFIX/step-N too
         #[arg(value_name = "RUN|CHECKPOINT", default_value = "runs/quickstart")]
         path: PathBuf,
     },
@@ -47,7 +47,7 @@ enum Command {
 
 #[derive(Debug, Args)]
 struct Export {
-    /// Run folder, whose newest good checkpoint is taken
+    /// Run folder, or s3://BUCKET/PREFIX, whose newest good checkpoint is taken
     #[arg(long, value_name = "DIR", default_value = "runs/quickstart")]
     run: PathBuf,
     /// A checkpoint's folder (step-N), in place of the run's newest
@@ -133,12 +133,13 @@ fn show(run: &Path, json: bool) -> Result<Outcome, Failure> {
     let mut rows = Vec::new();
     for &step in &listed.steps {
         let path = &checkpoints.path(step);
+        let age = age(&checkpoints, &name(step));
         let row = match checkpoints.open(step) {
             Ok(checkpoint) => serde_json::json!({
                 "step": step,
                 "state": "complete",
                 "bytes": checkpoint.bytes(),
-                "age_seconds": age(path),
+                "age_seconds": age,
                 "world_size": checkpoint.manifest().world_size,
                 "samples": checkpoint.progress().samples,
                 "metrics": checkpoint.manifest().metrics,
@@ -148,7 +149,7 @@ fn show(run: &Path, json: bool) -> Result<Outcome, Failure> {
                 "step": step,
                 "state": "damaged",
                 "problem": error.to_string(),
-                "age_seconds": age(path),
+                "age_seconds": age,
                 "path": path,
             }),
         };
@@ -156,7 +157,7 @@ fn show(run: &Path, json: bool) -> Result<Outcome, Failure> {
     }
     rows.extend(listed.unfinished.iter().map(|entry| {
         let path = checkpoints.location().join(entry);
-        serde_json::json!({ "state": "unfinished", "age_seconds": age(&path), "path": path })
+        serde_json::json!({ "state": "unfinished", "age_seconds": age(&checkpoints, entry), "path": path })
     }));
     if json {
         println!("{:#}", serde_json::Value::Array(rows));
@@ -188,10 +189,9 @@ fn show(run: &Path, json: bool) -> Result<Outcome, Failure> {
     Ok(Outcome::Done)
 }
 
-/// Seconds since a folder was last changed, where the system tells.
-fn age(path: &Path) -> Option<f64> {
-    let modified = std::fs::metadata(path).ok()?.modified().ok()?;
-    SystemTime::now().duration_since(modified).ok().map(|age| age.as_secs_f64())
+/// Seconds since a checkpoint was last changed, where its place tells.
+fn age(checkpoints: &Checkpoints, entry: &str) -> Option<f64> {
+    SystemTime::now().duration_since(checkpoints.changed(entry)?).ok().map(|age| age.as_secs_f64())
 }
 
 fn verify(path: &Path) -> Result<Outcome, Failure> {
@@ -219,6 +219,12 @@ fn verify(path: &Path) -> Result<Outcome, Failure> {
             Ok(checkpoint) => checkpoint.faults(&read),
             Err(error) => vec![error],
         };
+        // A place that cannot be reached says nothing of what is there.
+        let (faults, unreached): (Vec<_>, Vec<_>) = faults.into_iter().partition(|f| f.kind() == Kind::Data);
+        if let Some(error) = unreached.into_iter().next() {
+            progress.finish_and_clear();
+            return Err(error.into());
+        }
         damaged += usize::from(!faults.is_empty());
         progress.suspend(|| match faults.is_empty() {
             true => println!("{}: sound", path.display()),
@@ -229,7 +235,7 @@ fn verify(path: &Path) -> Result<Outcome, Failure> {
     match damaged {
         0 => Ok(Outcome::Done),
         _ => Err(Failure::data(format!(
-            "{damaged} of {} checkpoints cannot be used, as said above: remove those folders, or bring them back \
+            "{damaged} of {} checkpoints cannot be used, as said above: remove them, or bring them back \
              from a copy",
             paths.len()
         ))),

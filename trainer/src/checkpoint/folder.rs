@@ -3,15 +3,17 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::manifest::{FORMAT, MANIFEST, MANIFEST_DIGEST, Shard, VERSION};
-use super::storage::{Listed, Storage, name, place, step_of};
+use super::storage::{Listed, Storage, is_url, name, place, step_of};
 use super::{
     About, Array, Checkpoint, CheckpointError, Frozen, Manifest, Part, Retention, ShardRecord, TensorRecord,
     shard,
 };
+use crate::exit::Kind;
 use crate::params::Layout;
 
 /// The checkpoints of a run, wherever they lie.
@@ -30,7 +32,7 @@ pub struct Found {
 }
 
 impl Checkpoints {
-    /// Those in a folder, which need not exist yet.
+    /// Those in a folder, or at a URL `s3://BUCKET/PREFIX`, which need not exist yet.
     #[must_use]
     pub fn at(location: &Path) -> Self {
         Self::of(place(location))
@@ -60,6 +62,13 @@ impl Checkpoints {
     #[must_use]
     pub fn path(&self, step: u64) -> PathBuf {
         self.storage.path(&name(step))
+    }
+
+    /// When a checkpoint, or what an unfinished save has left, was last changed, by its name; None where the place
+    /// cannot tell.
+    #[must_use]
+    pub fn changed(&self, entry: &str) -> Option<SystemTime> {
+        self.storage.changed(entry)
     }
 
     /// Opens a step's checkpoint.
@@ -95,6 +104,8 @@ impl Checkpoints {
             let checked = self.open(step).and_then(|checkpoint| checkpoint.verify().map(|()| checkpoint));
             match checked {
                 Ok(checkpoint) => return Ok(Found { checkpoint: Some(checkpoint), passed_over }),
+                // It may be good: a place that cannot be reached says nothing of what is there.
+                Err(error) if error.kind() != Kind::Data => return Err(error),
                 Err(error) => passed_over.push(error.to_string()),
             }
         }
@@ -133,10 +144,12 @@ impl Checkpoints {
         records: Vec<ShardRecord>,
     ) -> Result<(), CheckpointError> {
         let step = about.progress.step;
+        let shards: Vec<String> = records.iter().map(|record| record.file.clone()).collect();
         let text = serde_json::to_vec_pretty(&manifest(layout, about, records)).expect("it serialises");
         let digest = format!("{:016x}\n", xxh3_64(&text));
+        let shards: Vec<&str> = shards.iter().map(String::as_str).collect();
         self.storage
-            .commit(step, &[(MANIFEST_DIGEST, digest.as_bytes()), (MANIFEST, &text)])
+            .commit(step, &shards, &[(MANIFEST_DIGEST, digest.as_bytes()), (MANIFEST, &text)])
             .map_err(|source| CheckpointError::Write { path: self.path(step), source })
     }
 
@@ -189,10 +202,14 @@ impl Checkpoints {
     }
 }
 
-/// The checkpoints and the step that the path of one checkpoint names: `…/step-00050000`.
+/// The checkpoints and the step that the path or URL of one checkpoint names: `…/step-00050000`.
 pub fn split(path: &Path) -> Option<(Checkpoints, u64)> {
     let step = step_of(path.file_name()?.to_str()?)?;
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if is_url(path) && !is_url(parent) {
+        // A bucket of such a name.
+        return None;
+    }
     Some((Checkpoints::at(parent), step))
 }
 

@@ -30,7 +30,10 @@ pub use reader::Checkpoint;
 pub(crate) use reader::Stretch;
 pub use retention::Retention;
 pub use shard::{Arrays, Frozen, Part};
+use storage::ObjectError;
 pub use storage::name;
+
+use crate::exit::Kind;
 
 /// The flat arrays of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
@@ -66,7 +69,7 @@ impl Array {
 #[non_exhaustive]
 pub enum CheckpointError {
     /// A file or folder cannot be written.
-    #[error("cannot write the checkpoint {path}: {source}; free space there, or set run.dir to another disk")]
+    #[error("cannot write the checkpoint {path}: {source}{}", advice(source))]
     Write {
         /// The file or folder.
         path: PathBuf,
@@ -120,7 +123,26 @@ pub enum CheckpointError {
     },
 }
 
+/// What to do about a disk; an object store's errors say it themselves.
+fn advice(source: &std::io::Error) -> &'static str {
+    match ObjectError::of(source) {
+        Some(_) => "",
+        None => "; free space there, or set run.dir to another disk",
+    }
+}
+
 impl CheckpointError {
+    /// What kind of error it is, for the exit code.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Read { source, .. } | Self::Write { source, .. } => {
+                ObjectError::of(source).map_or(Kind::Data, |error| error.kind)
+            }
+            _ => Kind::Data,
+        }
+    }
+
     fn damaged(path: &Path, problem: impl Into<String>) -> Self {
         Self::Damaged { path: path.to_owned(), problem: problem.into() }
     }

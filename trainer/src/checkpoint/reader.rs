@@ -33,6 +33,13 @@ pub(crate) struct Stretch {
     pub(crate) len: usize,
 }
 
+impl Stretch {
+    /// The first byte in the shard that is not its.
+    fn end(&self) -> u64 {
+        self.offset + (self.len * size_of::<f32>()) as u64
+    }
+}
+
 impl Checkpoint {
     /// Opens the checkpoint that a path names (`…/step-00050000`): reads the manifest, and checks that it makes
     /// sense and that the shards have their sizes.
@@ -102,21 +109,22 @@ impl Checkpoint {
     /// # Errors
     /// One is there, with another size than it was written with, or cannot be read.
     pub(crate) fn missing(&self) -> Result<Vec<usize>, CheckpointError> {
-        let mut missing = Vec::new();
-        for (number, shard) in self.manifest.shards.iter().enumerate() {
+        // Side by side: a place may take its time for each.
+        let shards = self.manifest.shards.par_iter().enumerate();
+        let looked = shards.map(|(number, shard)| {
             let path = || self.dir().join(&shard.file);
             let size = self.storage.open(self.step, &shard.file).and_then(|source| source.size());
             match size {
-                Ok(bytes) if bytes == shard.bytes => {}
+                Ok(bytes) if bytes == shard.bytes => Ok(None),
                 Ok(bytes) => {
                     let problem = format!("it has {bytes} bytes where {} were written", shard.bytes);
-                    return Err(CheckpointError::damaged(&path(), problem));
+                    Err(CheckpointError::damaged(&path(), problem))
                 }
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound => missing.push(number),
-                Err(source) => return Err(CheckpointError::Read { path: path(), source }),
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Some(number)),
+                Err(source) => Err(CheckpointError::Read { path: path(), source }),
             }
-        }
-        Ok(missing)
+        });
+        looked.collect::<Vec<_>>().into_iter().filter_map(Result::transpose).collect()
     }
 
     /// Reads every shard and compares its digest with the manifest's.
@@ -223,7 +231,8 @@ impl Checkpoint {
         stretches
     }
 
-    /// Reads stretches, in parallel. They are in the order of the output, and cover it.
+    /// Reads stretches, in parallel. They are in the order of the output, and cover it. Neighbours in a shard are read
+    /// together, so that a place that takes its time for every read is asked for few.
     fn fill(&self, stretches: &[Stretch], out: &mut [f32]) -> Result<(), CheckpointError> {
         let path = |shard: usize| self.dir().join(&self.manifest.shards[shard].file);
         let error = |shard: usize| move |source| CheckpointError::Read { path: path(shard), source };
@@ -237,9 +246,24 @@ impl Checkpoint {
             work.push((stretch, part));
             rest = after;
         }
-        work.into_par_iter().try_for_each(|(stretch, part)| {
-            let source = &sources[stretch.shard];
-            source.read_at(bytemuck::cast_slice_mut(part), stretch.offset).map_err(error(stretch.shard))
+        work.sort_unstable_by_key(|(stretch, _)| (stretch.shard, stretch.offset));
+        let worth = sources.iter().map(|source| source.worth()).max().unwrap_or(0);
+        runs(work, worth as u64).into_par_iter().try_for_each(|mut run| {
+            let Some((first, _)) = run.first() else { return Ok(()) };
+            let (shard, begin) = (first.shard, first.offset);
+            if let [(_, part)] = &mut run[..] {
+                let part = bytemuck::cast_slice_mut(part);
+                return sources[shard].read_at(part, begin).map_err(error(shard));
+            }
+            let end = run.last().map_or(begin, |(stretch, _)| stretch.end());
+            let mut bytes = vec![0; (end - begin) as usize];
+            sources[shard].read_at(&mut bytes, begin).map_err(error(shard))?;
+            for (stretch, part) in run {
+                let from = (stretch.offset - begin) as usize;
+                let part: &mut [u8] = bytemuck::cast_slice_mut(part);
+                part.copy_from_slice(&bytes[from..from + part.len()]);
+            }
+            Ok(())
         })
     }
 
@@ -312,6 +336,25 @@ impl Checkpoint {
     }
 }
 
+/// Cuts work, in order of shards and offsets, into runs that are each read at once: of one shard, with no gap that is
+/// worth a read of its own, and not growing once they are `worth` bytes.
+fn runs<'a>(work: Vec<(&'a Stretch, &'a mut [f32])>, worth: u64) -> Vec<Vec<(&'a Stretch, &'a mut [f32])>> {
+    let mut runs: Vec<Vec<(&Stretch, &mut [f32])>> = Vec::new();
+    for (stretch, part) in work {
+        if let Some(run) = runs.last_mut()
+            && let (Some((first, _)), Some((last, _))) = (run.first(), run.last())
+            && last.shard == stretch.shard
+            && stretch.end() - first.offset <= worth
+            && stretch.offset.checked_sub(last.end()).is_some_and(|gap| gap <= worth / 16)
+        {
+            run.push((stretch, part));
+        } else {
+            runs.push(vec![(stretch, part)]);
+        }
+    }
+    runs
+}
+
 /// Checks that the pieces of a tensor are all of it, and lie within their shards.
 fn whole(tensor: &TensorRecord, shards: &[Shard]) -> Result<(), String> {
     if tensor.dtype != "F32" {
@@ -336,13 +379,13 @@ fn whole(tensor: &TensorRecord, shards: &[Shard]) -> Result<(), String> {
 }
 
 fn digest(source: &dyn Source, read: &(dyn Fn(u64) + Sync)) -> std::io::Result<String> {
-    const AT_ONCE: usize = 4 << 20;
+    let at_once = source.worth().saturating_mul(2).max(4 << 20);
     let size = source.size()?;
     let mut hash = Xxh3::new();
-    let mut buffer = vec![0; AT_ONCE.min(size as usize)];
+    let mut buffer = vec![0; at_once.min(size as usize)];
     let mut offset = 0;
     while offset < size {
-        let part = &mut buffer[..AT_ONCE.min((size - offset) as usize)];
+        let part = &mut buffer[..at_once.min((size - offset) as usize)];
         source.read_at(part, offset)?;
         hash.update(part);
         offset += part.len() as u64;

@@ -1,6 +1,7 @@
 //! Values that are of the right type and still cannot work.
 
 use super::{Config, ConfigError};
+use crate::checkpoint::storage::{check_url, is_url};
 use crate::model::ModelError;
 use crate::sample::SampleError;
 
@@ -19,6 +20,13 @@ impl Config {
                 "it must be 16384 or less",
             ));
         }
+        if is_url(&self.run.dir) {
+            let problem = "it must be a folder, for logs and the lock; checkpoint.dir alone may be a URL";
+            return Err(ConfigError::value("run.dir", self.run.dir.display(), problem));
+        }
+        check_url(&self.checkpoint.dir).map_err(|problem| {
+            ConfigError::value("checkpoint.dir", self.checkpoint.dir.display(), problem)
+        })?;
         positive("checkpoint.keep", self.checkpoint.keep as u64)?;
         let metrics = crate::telemetry::record::MEANS.map(|(name, _)| name);
         let metric = self.checkpoint.best_metric.as_str();

@@ -456,7 +456,7 @@ pub enum Backend {
 #[serde(deny_unknown_fields, default)]
 pub struct CheckpointConfig {
     /// Folder of the checkpoints; empty is `checkpoints` in the run folder. It may be on a disk that each host has
-    /// for itself.
+    /// for itself, or in an object store: s3://BUCKET/PREFIX, reached as the environment's AWS_* variables say.
     pub dir: PathBuf,
     /// Steps between checkpoints; 0 saves at the end only.
     pub every: u64,

@@ -65,8 +65,8 @@ pub enum TrainError {
     },
     /// Too many saves in a row have failed.
     #[error(
-        "{count} saves in a row have failed, the last one so: {failure}. The last good checkpoint is {good}; free \
-         space, or set checkpoint.dir to another disk, and start again to go on from it"
+        "{count} saves in a row have failed, the last one so: {failure}. The last good checkpoint is {good}; make \
+         room there, or set checkpoint.dir to another place, and start again to go on from it"
     )]
     Saves {
         /// How many.
@@ -78,8 +78,8 @@ pub enum TrainError {
     },
     /// The run ends, and its last state is not durable.
     #[error(
-        "the state after step {step} could not be saved to {path}; the last good checkpoint is {good}: free space, or \
-         set checkpoint.dir to another disk, and start again to go on from it"
+        "the state after step {step} could not be saved to {path}; the last good checkpoint is {good}: make room there, \
+         or set checkpoint.dir to another place, and start again to go on from it"
     )]
     NotSaved {
         /// The last step.
@@ -127,7 +127,8 @@ impl TrainError {
     pub fn kind(&self) -> Kind {
         match self {
             Self::Config(_) | Self::Folder { .. } | Self::InUse { .. } | Self::OtherRun { .. } => Kind::Usage,
-            Self::Store(_) | Self::Loader(_) | Self::Checkpoint(_) | Self::Weights(_) => Kind::Data,
+            Self::Checkpoint(error) => error.kind(),
+            Self::Store(_) | Self::Loader(_) | Self::Weights(_) => Kind::Data,
             Self::Exporter(_)
             | Self::Comm(_)
             | Self::NotFinite { .. }

@@ -8,6 +8,7 @@ use rustix::fs::{FlockOperation, flock};
 
 use super::TrainError;
 use crate::checkpoint::Checkpoints;
+use crate::checkpoint::storage::is_url;
 use crate::config::Config;
 
 /// A run folder that this process may write to. The lock goes with the value.
@@ -68,8 +69,11 @@ pub fn checkpoints(config: &Config) -> Checkpoints {
 }
 
 /// The checkpoints of the run in a folder, which its `config.toml` says where to find; without one they are in the
-/// folder `checkpoints`, or in the folder itself.
+/// folder `checkpoints`, or in the folder itself. Those at a URL, where there are no run folders.
 pub fn checkpoints_of(run: &Path) -> Checkpoints {
+    if is_url(run) {
+        return Checkpoints::at(run);
+    }
     #[derive(serde::Deserialize)]
     struct Text {
         #[serde(default)]

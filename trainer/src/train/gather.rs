@@ -11,6 +11,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::placement::Placement;
 use super::{Owned, State, TrainError, agree};
 use crate::checkpoint::{Array, Checkpoint, CheckpointError, Checkpoints, Stretch};
+use crate::exit::Kind;
 use crate::params::Layout;
 
 /// A checkpoint that all ranks agree on.
@@ -116,19 +117,21 @@ fn look(checkpoints: &Checkpoints) -> Result<Vec<Sight>, CheckpointError> {
             let missing = checkpoint.missing()?;
             Ok((checkpoint, missing))
         });
-        match opened {
+        Ok(match opened {
             Ok((checkpoint, missing)) => {
                 let of = checkpoint.manifest().shards.len();
                 let text = serde_json::to_vec(checkpoint.manifest()).expect("a manifest serialises");
                 let shards = (0..of).filter(|n| !missing.contains(n)).collect();
                 Sight { step, digest: xxh3_64(&text), shards, of, problem: None }
             }
+            // It may be good: a place that cannot be reached says nothing of what is there.
+            Err(error) if error.kind() != Kind::Data => return Err(error),
             Err(error) => {
                 Sight { step, digest: 0, shards: Vec::new(), of: 0, problem: Some(error.to_string()) }
             }
-        }
+        })
     };
-    Ok(checkpoints.list()?.steps.into_iter().map(sight).collect())
+    checkpoints.list()?.steps.into_iter().map(sight).collect()
 }
 
 /// Whether a step's checkpoint can be used, and if not, why. The same on all ranks.
@@ -170,15 +173,17 @@ fn examine(
     let fault = if mine.is_empty() {
         None
     } else {
-        checkpoints.open_any(step).map_or_else(
-            |error| Some(error.to_string()),
-            |checkpoint| {
-                let faults = mine.into_par_iter().map(|n| checkpoint.fault(n, &|_| ()));
-                let faults: Vec<_> = faults.collect();
-                faults.into_iter().flatten().next().map(|fault| fault.to_string())
-            },
-        )
+        checkpoints.open_any(step).map_or_else(Some, |checkpoint| {
+            let faults = mine.into_par_iter().map(|n| checkpoint.fault(n, &|_| ()));
+            let faults: Vec<_> = faults.collect();
+            faults.into_iter().flatten().next()
+        })
     };
+    let fault = match fault {
+        Some(error) if error.kind() != Kind::Data => Err(TrainError::from(error)),
+        fault => Ok(fault.map(|fault| fault.to_string())),
+    };
+    let fault = agree(comm, fault)?;
     let gathered = comm.all_gather_bytes(fault.unwrap_or_default().as_bytes()).map_err(TrainError::from);
     let faults = agree(comm, gathered)?;
     if let Some(fault) = faults.iter().find(|fault| !fault.is_empty()) {

@@ -8,6 +8,7 @@ use super::folder::{RunFolder, checkpoints};
 use super::gather::{self, Candidate, Wanted};
 use super::placement::Placement;
 use super::{Owned, State, StopRequest, TrainError, agree};
+use crate::checkpoint::storage::is_url;
 use crate::checkpoint::{Array, Checkpoint, CheckpointError, Checkpoints, Retention};
 use crate::config::{Config, ConfigError, InitWeights, Loaded, Resume};
 use crate::params::Layout;
@@ -160,7 +161,7 @@ fn elsewhere(path: &Path) -> Result<(Checkpoints, Wanted), TrainError> {
     if let Some((checkpoints, step)) = crate::checkpoint::split(path) {
         return Ok((checkpoints, Wanted::Step(step)));
     }
-    if !path.is_dir() {
+    if !path.is_dir() && !is_url(path) {
         let problem = "it is neither auto nor never, nor a step's number, nor a folder that is there";
         return Err(ConfigError::value("run.resume", path.display(), problem).into());
     }
@@ -283,10 +284,14 @@ impl InitSource {
         if crate::checkpoint::split(path).is_some() {
             return Checkpoint::open(path).and_then(checked).map_err(TrainError::from);
         }
-        if path.is_dir() {
+        if path.is_dir() || is_url(path) {
             let found = super::folder::checkpoints_of(path).latest()?;
             if let Some(checkpoint) = found.checkpoint {
                 return Ok(Self::Checkpoint(Box::new(checkpoint), array));
+            }
+            if is_url(path) {
+                let problem = "it holds no checkpoint";
+                return Err(ConfigError::value("run.init_from", path.display(), problem).into());
             }
         }
         Ok(Self::File(Box::new(Weights::open(path)?)))

@@ -95,7 +95,8 @@ impl ReferenceError {
             Self::NumHeads { .. } | Self::Occupied { .. } | Self::Name { .. } | Self::Write { .. } => {
                 Kind::Usage
             }
-            Self::Weights(_) | Self::Checkpoint(_) | Self::Foreign { .. } | Self::Model { .. } => Kind::Data,
+            Self::Checkpoint(error) => error.kind(),
+            Self::Weights(_) | Self::Foreign { .. } | Self::Model { .. } => Kind::Data,
         }
     }
 

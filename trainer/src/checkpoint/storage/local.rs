@@ -7,6 +7,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use super::{Listed, Sink, Source, Storage, name, step_of};
 
@@ -77,7 +78,7 @@ impl Storage for Local {
         Ok(Box::new(LocalSink { file: File::create(growing.join(file))? }))
     }
 
-    fn commit(&self, step: u64, files: &[(&str, &[u8])]) -> io::Result<()> {
+    fn commit(&self, step: u64, _shards: &[&str], files: &[(&str, &[u8])]) -> io::Result<()> {
         let (growing, complete) = (self.growing(step), self.complete(step));
         for (file, bytes) in files {
             let mut file = File::create(growing.join(file))?;
@@ -119,6 +120,10 @@ impl Storage for Local {
         fs::rename(self.complete(step), &to)?;
         self.sync()?;
         Ok(to)
+    }
+
+    fn changed(&self, entry: &str) -> Option<SystemTime> {
+        fs::metadata(self.folder.join(entry)).ok()?.modified().ok()
     }
 }
 

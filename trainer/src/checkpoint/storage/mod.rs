@@ -1,13 +1,18 @@
 //! Where checkpoints lie: what the commit protocol needs of a place, and the places there are.
 
+#[cfg(test)]
+mod contract;
 mod local;
+mod object;
 
 use std::fmt::Debug;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 pub use local::Local;
+pub use object::{ObjectError, ObjectStorage, check_url, is_url};
 
 /// What a place holds.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -43,11 +48,12 @@ pub trait Storage: Send + Sync + Debug {
     fn create(&self, step: u64, file: &str) -> io::Result<Box<dyn Sink>>;
 
     /// Makes the checkpoint of a step complete, with these small files, the last of which is the one that readers
-    /// look for. It takes the place of an older one of the same step.
+    /// look for. It takes the place of an older one of the same step. `shards` are all files that were created for it,
+    /// here and on other hosts.
     ///
     /// # Errors
     /// It cannot be written; the checkpoint is then still unfinished.
-    fn commit(&self, step: u64, files: &[(&str, &[u8])]) -> io::Result<()>;
+    fn commit(&self, step: u64, shards: &[&str], files: &[(&str, &[u8])]) -> io::Result<()>;
 
     /// Opens a file of a complete checkpoint.
     ///
@@ -72,6 +78,10 @@ pub trait Storage: Send + Sync + Debug {
     /// # Errors
     /// It cannot be moved.
     fn set_aside(&self, step: u64) -> io::Result<PathBuf>;
+
+    /// When a complete checkpoint, or what an unfinished save has left, was last changed, by its name; None where the
+    /// place cannot tell.
+    fn changed(&self, entry: &str) -> Option<SystemTime>;
 }
 
 /// A file that is being written.
@@ -102,6 +112,11 @@ pub trait Source: Send + Sync {
     /// # Errors
     /// The file ends before, or cannot be read.
     fn read_at(&self, out: &mut [u8], offset: u64) -> io::Result<()>;
+
+    /// Bytes that a read should ask for at least, where it can: with fewer, most of its time goes into the asking.
+    fn worth(&self) -> usize {
+        1 << 20
+    }
 }
 
 /// All of a small file.
@@ -113,10 +128,13 @@ pub(super) fn read_small(storage: &dyn Storage, step: u64, file: &str) -> io::Re
     Ok(bytes)
 }
 
-/// The place that a path or URL names.
+/// The place that a path, or a URL `s3://BUCKET/PREFIX`, names.
 #[must_use]
 pub fn place(location: &Path) -> Arc<dyn Storage> {
-    Arc::new(Local::new(location))
+    match ObjectStorage::at(location) {
+        Some(storage) => Arc::new(storage),
+        None => Arc::new(Local::new(location)),
+    }
 }
 
 /// Name of the checkpoint of a step.
