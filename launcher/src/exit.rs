@@ -13,32 +13,39 @@ use repa_trainer::generate::GenerateError;
 use repa_trainer::train::TrainError;
 use repa_trainer::weights::WeightsError;
 
+use crate::launch::LaunchError;
+
 /// An error with its exit code.
 #[derive(Debug)]
 pub struct Failure {
-    kind: Kind,
+    code: u8,
     message: String,
 }
 
 impl Failure {
+    /// Any exit code: one that other processes gave.
+    pub fn with_code(code: u8, message: impl std::fmt::Display) -> Self {
+        Self { code, message: message.to_string() }
+    }
+
     /// A wrong command line.
     pub fn usage(message: impl std::fmt::Display) -> Self {
-        Self { kind: Kind::Usage, message: message.to_string() }
+        Self::with_code(Kind::Usage.code(), message)
     }
 
     /// Data that cannot be used.
     pub fn data(message: impl std::fmt::Display) -> Self {
-        Self { kind: Kind::Data, message: message.to_string() }
+        Self::with_code(Kind::Data.code(), message)
     }
 
     /// A failure while running.
     pub fn runtime(message: impl std::fmt::Display) -> Self {
-        Self { kind: Kind::Runtime, message: message.to_string() }
+        Self::with_code(Kind::Runtime.code(), message)
     }
 
     /// An error of a kind that is known.
     pub fn of(kind: Kind, error: &dyn std::error::Error) -> Self {
-        Self { kind, message: error.to_string() }
+        Self::with_code(kind.code(), error)
     }
 
     /// The same for all ranks to agree on.
@@ -48,7 +55,7 @@ impl Failure {
 
     /// The exit code.
     pub fn code(&self) -> u8 {
-        self.kind.code()
+        self.code
     }
 }
 
@@ -90,7 +97,13 @@ impl From<FigureError> for Failure {
 
 impl From<TrainError> for Failure {
     fn from(error: TrainError) -> Self {
-        Self { kind: error.kind(), message: error.to_string() }
+        Self::with_code(error.kind().code(), error)
+    }
+}
+
+impl From<LaunchError> for Failure {
+    fn from(error: LaunchError) -> Self {
+        Self::of(error.kind(), &error)
     }
 }
 
@@ -102,7 +115,7 @@ impl From<GenerateError> for Failure {
             GenerateError::Sample(_) => Kind::Runtime,
             _ => Kind::Data,
         };
-        Self { kind, message: error.to_string() }
+        Self::with_code(kind.code(), error)
     }
 }
 

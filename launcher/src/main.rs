@@ -4,6 +4,7 @@
 
 mod cli;
 mod exit;
+mod launch;
 mod log;
 
 use clap::Parser;

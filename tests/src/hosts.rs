@@ -52,6 +52,7 @@ impl Hosts {
     }
 
     /// The agent that mpirun takes for ssh, and the hosts file.
+    /// Like ssh, it cannot reach hosts that are not there or whose link is down.
     fn write_files(&self) -> std::io::Result<()> {
         let names: String = (1..=self.count).map(|i| format!("10.77.0.{i} h{i}\n")).collect();
         fs::write(self.folder.path().join("hosts"), format!("127.0.0.1 localhost\n{names}"))?;
@@ -62,7 +63,10 @@ impl Hosts {
             fs::create_dir_all(disk)?;
         }
         let script = format!(
-            "#!/bin/bash\nhost=$1; shift\nexec ip netns exec {prefix}${{host#h}} unshare --uts --mount bash -c '\n\
+            "#!/bin/bash\nhost=$1; shift\nspace={prefix}${{host#h}}\n\
+             ip -n $space -o link show dev eth0 2>/dev/null | grep -q 'state UP' || {{\n\
+             echo \"connect to host $host: No route to host\" >&2; exit 255; }}\n\
+             exec ip netns exec $space unshare --uts --mount bash -c '\n\
              hostname \"$0\"\nmount -t tmpfs shm /dev/shm\nmount --bind {hosts} /etc/hosts\n\
              mount --bind {folder}/disks/$0 {disk}\nexec bash -c \"$*\"' \"$host\" \"$@\"\n",
             prefix = self.prefix,
@@ -75,7 +79,9 @@ impl Hosts {
         fs::set_permissions(&agent, fs::Permissions::from_mode(0o755))
     }
 
-    fn agent(&self) -> PathBuf {
+    /// What starts commands on hosts in place of ssh.
+    #[must_use]
+    pub fn agent(&self) -> PathBuf {
         self.folder.path().join("agent")
     }
 
@@ -122,6 +128,42 @@ impl Hosts {
     /// `ip` says why not.
     pub fn cut(&self, host: usize) -> Result<(), String> {
         ip(&["-n", &self.namespace(host), "link", "set", "eth0", "down"])
+    }
+
+    /// Brings a host's link up again.
+    ///
+    /// # Errors
+    /// `ip` says why not.
+    pub fn mend(&self, host: usize) -> Result<(), String> {
+        ip(&["-n", &self.namespace(host), "link", "set", "eth0", "up"])
+    }
+
+    /// `repa-dist launch` on the first host, `each` ranks on every host.
+    #[must_use]
+    pub fn launch(&self, each: usize, options: &[&str], train: &[&str]) -> Command {
+        let list: Vec<String> = (1..=self.count).map(|i| format!("h{i}:{each}")).collect();
+        let quoted: Vec<String> = train.iter().map(|a| format!("'{a}'")).collect();
+        let line = format!(
+            "cd '{}' && exec {} launch --hosts {} --rsh-agent {} --interface eth0 {} -- train {}",
+            self.folder.path().display(),
+            crate::binary().display(),
+            list.join(","),
+            self.agent().display(),
+            options.join(" "),
+            quoted.join(" ")
+        );
+        self.on(1, &line)
+    }
+
+    /// All processes on a host, by number and name.
+    #[must_use]
+    pub fn processes(&self, host: usize) -> Vec<String> {
+        let pids = self.pids(&self.namespace(host));
+        let name = |pid| {
+            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            format!("{pid} {}", name.trim())
+        };
+        pids.split_whitespace().map(name).collect()
     }
 
     /// Process numbers of the binary under test on a host.

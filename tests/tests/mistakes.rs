@@ -108,6 +108,7 @@ fn help_and_version_read_well() {
         &["bench", "data", "--help"],
         &["bench", "step", "--help"],
         &["estimate", "--help"],
+        &["launch", "--help"],
         &["sample", "--help"],
         &["evaluate", "--help"],
         &["report", "--help"],

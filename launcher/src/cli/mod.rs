@@ -6,6 +6,8 @@ mod config;
 mod data;
 mod estimate;
 mod evaluate;
+mod launch;
+mod reap;
 mod report;
 mod sample;
 mod train;
@@ -38,6 +40,8 @@ pub struct Arguments {
 enum Command {
     /// Train, on every rank that mpirun or srun started (the default command)
     Train(train::Arguments),
+    /// Start the ranks with mpirun, watch them, and start them again from the last checkpoint when they fail
+    Launch(launch::Arguments),
     /// Make, look at and check the data that training reads
     Data(data::Arguments),
     /// Draw images from a run's averaged weights, as a labelled grid
@@ -54,6 +58,9 @@ enum Command {
     Estimate(estimate::Arguments),
     /// Print the merged configuration, and where each value came from
     Config(config::Arguments),
+    /// End what a launch has left on this host
+    #[command(hide = true)]
+    Reap(reap::Arguments),
 }
 
 /// What a run is configured from.
@@ -87,6 +94,8 @@ pub fn run(arguments: Arguments) -> Result<Outcome, Failure> {
     match arguments.command {
         None => train::run(&arguments.train),
         Some(Command::Train(arguments)) => train::run(&arguments),
+        Some(Command::Launch(arguments)) => launch::run(&arguments),
+        Some(Command::Reap(arguments)) => reap::run(&arguments),
         Some(Command::Data(arguments)) => data::run(&arguments),
         Some(Command::Sample(arguments)) => sample::run(&arguments),
         Some(Command::Evaluate(arguments)) => evaluate::run(&arguments),

@@ -2,6 +2,7 @@
 
 use clap::Args;
 use repa_comm::{Options, all_or_first_error, end_with};
+use repa_trainer::config::Loaded;
 use repa_trainer::train::{StopRequest, communicator, train};
 
 use super::Settings;
@@ -18,13 +19,20 @@ pub struct Arguments {
     resume: Option<String>,
 }
 
+impl Arguments {
+    /// The merged configuration.
+    pub fn load(&self) -> Result<Loaded, Failure> {
+        let mut settings = self.settings.clone();
+        settings.values.extend(self.resume.iter().map(|resume| format!("run.resume={resume}")));
+        settings.load()
+    }
+}
+
 pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
-    let mut settings = arguments.settings.clone();
-    settings.values.extend(arguments.resume.iter().map(|resume| format!("run.resume={resume}")));
     let mpi = repa_comm::init(&Options::default()).map_err(Failure::runtime)?;
     repa_comm::install_panic_hook();
     // Every rank reads its own configuration; a mistake in it is reported once.
-    let local = settings.load().map_err(|e| e.of_rank());
+    let local = arguments.load().map_err(|e| e.of_rank());
     let loaded = all_or_first_error(mpi.as_ref(), local).unwrap_or_else(|e| end_with(mpi.as_ref(), &e));
     let shared = communicator(&loaded.config, mpi.clone()).unwrap_or_else(|e| end_with(mpi.as_ref(), &e));
     let comm = shared.as_ref();

@@ -8,6 +8,9 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
 use super::record::StepRecord;
 use crate::config::Progress as Mode;
 
+/// Variable by which `launch` says that a person watches what it passes on, and the width of the terminal.
+pub const TERMINAL: &str = "REPA_LAUNCH_TERMINAL";
+
 /// Seconds between lines.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -133,6 +136,9 @@ fn watcher() -> Watcher {
     if io::stderr().is_terminal() {
         return Watcher::Terminal;
     }
+    if std::env::var_os(TERMINAL).is_some() {
+        return Watcher::TerminalOfMpirun;
+    }
     let parent = rustix::process::getppid().map_or(0, |p| p.as_raw_nonzero().get());
     let through_mpirun = std::env::var_os("OMPI_COMM_WORLD_RANK").is_some();
     match std::fs::read_link(format!("/proc/{parent}/fd/2")) {
@@ -149,10 +155,13 @@ struct Forwarded {
 
 impl Forwarded {
     fn new() -> Self {
-        let width = std::fs::File::open("/dev/tty")
-            .ok()
-            .and_then(|tty| rustix::termios::tcgetwinsize(tty).ok())
-            .map(|size| size.ws_col)
+        let told = std::env::var(TERMINAL).ok().and_then(|width| width.parse().ok());
+        let asked = || {
+            let tty = std::fs::File::open("/dev/tty").ok()?;
+            rustix::termios::tcgetwinsize(tty).ok().map(|size| size.ws_col)
+        };
+        let width = told
+            .or_else(asked)
             // Some terminals, such as recorders, do not know their width.
             .filter(|&columns| columns > 0)
             .unwrap_or(100);

@@ -1,0 +1,81 @@
+//! Requests to stop: signals to launch, and the end of the time that it was given.
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::iterator::Signals;
+
+/// What has been asked for so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asked {
+    /// To go on.
+    Nothing,
+    /// To save and stop.
+    Stop,
+    /// To end at once: the signal that came second.
+    End(i32),
+}
+
+/// Listens for signals.
+#[derive(Debug)]
+pub struct Requests {
+    signals: Signals,
+    first: Option<i32>,
+    second: Option<i32>,
+    /// When all should be over.
+    until: Option<Instant>,
+    /// The time is nearly over.
+    timed_out: bool,
+}
+
+impl Requests {
+    /// Begins to listen; `limit` is the time that launch may take in all.
+    ///
+    /// # Errors
+    /// The handlers cannot be set.
+    pub fn listen(limit: Option<Duration>) -> io::Result<Self> {
+        Ok(Self {
+            signals: Signals::new([SIGHUP, SIGINT, SIGTERM, SIGUSR1])?,
+            first: None,
+            second: None,
+            until: limit.and_then(|limit| Instant::now().checked_add(limit)),
+            timed_out: false,
+        })
+    }
+
+    /// Looks again.
+    pub fn look(&mut self) -> Asked {
+        for signal in self.signals.pending() {
+            match self.first {
+                None => self.first = Some(signal),
+                Some(_) => self.second = self.second.or(Some(signal)),
+            }
+        }
+        match (self.first, self.second) {
+            (_, Some(second)) => Asked::End(second),
+            (Some(_), None) => Asked::Stop,
+            (None, None) if self.timed_out => Asked::Stop,
+            (None, None) => Asked::Nothing,
+        }
+    }
+
+    /// Asks for a stop where what is left of the time is only just enough for it.
+    pub fn time_for(&mut self, stopping: Duration) {
+        self.timed_out |=
+            self.until.is_some_and(|until| until.saturating_duration_since(Instant::now()) < stopping);
+    }
+
+    /// What asked for the stop, for a message.
+    pub fn cause(&self) -> String {
+        match self.first {
+            Some(signal) => signal_hook::low_level::signal_name(signal).unwrap_or("a signal").to_owned(),
+            None => "--max-hours".to_owned(),
+        }
+    }
+}
+
+/// What a stop takes where nothing is known of it yet: a tenth of the whole time, a minute at most.
+pub fn usual_stop(limit: Option<Duration>) -> Duration {
+    limit.map_or(Duration::ZERO, |limit| (limit / 10).min(Duration::from_secs(60)))
+}

@@ -1,0 +1,328 @@
+//! How far a run has come, from what it leaves in its folder.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use repa_trainer::checkpoint::Checkpoints;
+use repa_trainer::telemetry::record::log_path;
+use serde::Deserialize;
+
+use super::processes::LocalRank;
+
+/// How often checkpoints are listed.
+const LISTING: Duration = Duration::from_millis(500);
+
+/// What rank 0 says of all ranks, in the run folder's `status.json`.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Status {
+    time: f64,
+    step: u64,
+    #[serde(default)]
+    durable: Option<u64>,
+    #[serde(default)]
+    ranks: Vec<RankStatus>,
+}
+
+/// What it says of one.
+#[derive(Debug, Clone, Deserialize)]
+struct RankStatus {
+    rank: usize,
+    host: String,
+    #[serde(default)]
+    step: Option<u64>,
+    #[serde(default)]
+    phase: Option<String>,
+    #[serde(default)]
+    in_phase_seconds: Option<f64>,
+    state: String,
+}
+
+/// A rank that keeps the others waiting.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Stuck {
+    /// Which.
+    pub rank: usize,
+    /// Where.
+    pub host: String,
+    /// What it does.
+    pub text: String,
+}
+
+/// One attempt's progress.
+#[derive(Debug)]
+pub struct Watch {
+    log: PathBuf,
+    status_path: PathBuf,
+    checkpoints: Checkpoints,
+    began: f64,
+    /// The log of the attempt before: each attempt begins a new file.
+    log_before: Option<(u64, u64)>,
+    /// This attempt's log has been seen.
+    is_new: bool,
+    /// Its size when it was read last.
+    log_size: u64,
+    durable_before: Option<u64>,
+    base: Option<u64>,
+    step: Option<u64>,
+    durable: Option<u64>,
+    status: Option<Status>,
+    progressed: Instant,
+    /// When steps were seen first, to know how long saves take.
+    reached: BTreeMap<u64, Instant>,
+    last_durable: Option<Instant>,
+    listed: Instant,
+    step_seconds: Option<f64>,
+    save_seconds: Option<f64>,
+}
+
+impl Watch {
+    /// Begins before the ranks are started.
+    pub fn begin(run: &Path, checkpoints: &Checkpoints) -> Self {
+        let durable = newest(checkpoints);
+        let log = log_path(run);
+        Self {
+            log_before: identity(&log).map(|(id, _)| id),
+            is_new: false,
+            log,
+            status_path: run.join("status.json"),
+            checkpoints: checkpoints.clone(),
+            began: unix_time(),
+            log_size: 0,
+            durable_before: durable,
+            base: None,
+            step: None,
+            durable,
+            status: None,
+            progressed: Instant::now(),
+            reached: BTreeMap::new(),
+            last_durable: None,
+            listed: Instant::now(),
+            step_seconds: None,
+            save_seconds: None,
+        }
+    }
+
+    /// Looks again.
+    pub fn look(&mut self) {
+        self.read_log();
+        self.read_status();
+        let mut durable = self.status.as_ref().and_then(|status| status.durable);
+        // A place that is no folder takes its time to answer: there, rank 0's word has to do.
+        let is_folder = !self.checkpoints.location().to_string_lossy().contains(":/");
+        if is_folder && self.listed.elapsed() > LISTING {
+            self.listed = Instant::now();
+            durable = durable.max(newest(&self.checkpoints));
+        }
+        self.saw_durable(durable);
+    }
+
+    /// Looks a last time, when the attempt has ended.
+    pub fn look_last(&mut self) {
+        self.look();
+        self.saw_durable(newest(&self.checkpoints));
+    }
+
+    fn saw_durable(&mut self, durable: Option<u64>) {
+        if durable > self.durable {
+            self.durable = durable;
+            self.progressed = Instant::now();
+            self.last_durable = Some(self.progressed);
+            let saved = durable.and_then(|step| self.reached.range(step..).next());
+            if let Some(seconds) = saved.map(|(_, at)| at.elapsed().as_secs_f64()) {
+                self.save_seconds = Some(self.save_seconds.map_or(seconds, |longest| longest.max(seconds)));
+            }
+            self.reached.clear();
+        }
+    }
+
+    fn read_log(&mut self) {
+        let Some((id, size)) = identity(&self.log) else { return };
+        self.is_new |= Some(id) != self.log_before;
+        if !self.is_new || size == self.log_size {
+            return;
+        }
+        self.log_size = size;
+        let Some(last) = last_line(&self.log, size) else { return };
+        let Some(step) = last["step"].as_u64() else { return };
+        self.step_seconds = last["step_seconds"].as_f64().or(self.step_seconds);
+        let before = self.durable_before;
+        // The log holds what the run goes on from, and after that this attempt's own steps.
+        let base = *self.base.get_or_insert_with(|| match before {
+            Some(durable) => durable.min(step),
+            None => first_step(&self.log).map_or(0, |first| first.saturating_sub(1)),
+        });
+        if step > base {
+            self.advance(step);
+        }
+    }
+
+    fn read_status(&mut self) {
+        let text = std::fs::read_to_string(&self.status_path).ok();
+        let Some(status) = text.and_then(|text| serde_json::from_str::<Status>(&text).ok()) else { return };
+        // One of the attempt before says nothing; clocks may differ a little between hosts.
+        if status.time < self.began - 1.0 {
+            return;
+        }
+        if self.step.is_some_and(|step| status.step > step) {
+            self.advance(status.step);
+        }
+        self.status = Some(status);
+    }
+
+    fn advance(&mut self, step: u64) {
+        if self.step.is_none_or(|before| step > before) {
+            self.step = Some(step);
+            self.progressed = Instant::now();
+            self.reached.insert(step, self.progressed);
+            // Enough to time a save by.
+            if self.reached.len() > 10_000 {
+                self.reached.pop_first();
+            }
+        }
+    }
+
+    /// Whether this attempt's log has been seen: it is not where the folder is on rank 0's own disk.
+    pub fn sees_log(&self) -> bool {
+        self.is_new
+    }
+
+    /// This attempt's first step and its last one so far.
+    pub fn steps(&self) -> Option<(u64, u64)> {
+        Some((self.base? + 1, self.step?))
+    }
+
+    /// When a step or a checkpoint was seen last; the beginning before the first.
+    pub fn progressed(&self) -> Instant {
+        self.progressed
+    }
+
+    /// The newest durable checkpoint.
+    pub fn durable(&self) -> Option<u64> {
+        self.durable
+    }
+
+    /// When this attempt's last checkpoint was seen.
+    pub fn last_durable(&self) -> Option<Instant> {
+        self.last_durable
+    }
+
+    /// Whether something has been trained that no checkpoint holds.
+    pub fn has_unsaved_steps(&self) -> bool {
+        self.step > self.durable
+    }
+
+    /// How long stopping with a checkpoint will take, as far as can be told from those before.
+    pub fn stopping_time(&self, otherwise: Duration) -> Duration {
+        let step = self.step_seconds.unwrap_or(0.0);
+        let save = self.save_seconds.unwrap_or(otherwise.as_secs_f64());
+        Duration::from_secs_f64((5.0 + 3.0 * step + 2.0 * save).clamp(0.0, 1e9)).max(otherwise)
+    }
+
+    /// Who keeps the others waiting, as far as can be told.
+    pub fn stuck(&self, here: &[LocalRank], host: &str) -> Option<Stuck> {
+        if let Some(stopped) = here.iter().find(|rank| rank.stopped) {
+            let text = format!("stopped by a signal (process {})", stopped.pid.as_raw_nonzero());
+            return Some(Stuck { rank: stopped.rank, host: host.to_owned(), text });
+        }
+        let ranks = &self.status.as_ref()?.ranks;
+        let tell = |rank: &RankStatus, text: String| Stuck { rank: rank.rank, host: rank.host.clone(), text };
+        if let Some(rank) = ranks.iter().find(|rank| rank.state != "running") {
+            return Some(tell(rank, rank.state.clone()));
+        }
+        // Those that wait in a collective wait for one that does something else, or is behind.
+        let rank = ranks
+            .iter()
+            .min_by_key(|rank| (rank.step, rank.phase.as_deref() == Some("communicating"), rank.rank))?;
+        let phase = rank.phase.as_deref().unwrap_or("busy");
+        let step = rank.step.map_or_else(String::new, |step| format!(" in step {step}"));
+        let time = rank.in_phase_seconds.map_or_else(String::new, |s| format!(" for {s:.0} s"));
+        Some(tell(rank, format!("{phase}{time}{step}")))
+    }
+}
+
+/// Seconds since 1970.
+pub fn unix_time() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64())
+}
+
+/// The step of the newest complete checkpoint, as far as it can be seen from here.
+pub fn newest(checkpoints: &Checkpoints) -> Option<u64> {
+    checkpoints.list().ok()?.steps.last().copied()
+}
+
+/// Which file it is, and its size.
+fn identity(path: &Path) -> Option<((u64, u64), u64)> {
+    let metadata = std::fs::metadata(path).ok()?;
+    Some(((metadata.dev(), metadata.ino()), metadata.len()))
+}
+
+/// The last whole line.
+fn last_line(path: &Path, size: u64) -> Option<serde_json::Value> {
+    // Longer than any two lines.
+    const TAIL: u64 = 8 << 10;
+    let mut file = File::open(path).ok()?;
+    file.seek(SeekFrom::Start(size.saturating_sub(TAIL))).ok()?;
+    let mut bytes = Vec::new();
+    file.take(TAIL).read_to_end(&mut bytes).ok()?;
+    let text = String::from_utf8_lossy(&bytes);
+    text.lines().rev().find_map(|line| serde_json::from_str(line).ok())
+}
+
+fn first_step(path: &Path) -> Option<u64> {
+    let mut bytes = Vec::new();
+    File::open(path).ok()?.take(8 << 10).read_to_end(&mut bytes).ok()?;
+    let text = String::from_utf8_lossy(&bytes);
+    serde_json::from_str::<serde_json::Value>(text.lines().next()?).ok()?["step"].as_u64()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn step(log: &Path, steps: &[u64]) {
+        let text: String = steps.iter().map(|n| format!("{{\"step\":{n},\"step_seconds\":0.1}}\n")).collect();
+        std::fs::write(log.with_extension("part"), text + "{\"step\":99").expect("written");
+        std::fs::rename(log.with_extension("part"), log).expect("renamed");
+    }
+
+    #[test]
+    fn steps_of_the_attempt_before_are_no_progress() {
+        let run = tempfile::tempdir().expect("a folder");
+        let log = log_path(run.path());
+        let checkpoints = Checkpoints::at(&run.path().join("checkpoints"));
+        step(&log, &[1, 2, 3]);
+        std::fs::create_dir_all(run.path().join("checkpoints/step-00000002")).expect("made");
+        let mut watch = Watch::begin(run.path(), &checkpoints);
+        watch.look();
+        assert!(watch.steps().is_none() && !watch.sees_log());
+        step(&log, &[1, 2]);
+        watch.look();
+        assert!(watch.steps().is_none() && watch.sees_log());
+        step(&log, &[1, 2, 3, 4]);
+        watch.look();
+        assert_eq!(watch.steps(), Some((3, 4)));
+        // A newer status counts; an old one does not.
+        let status = |time: f64, step: u64| {
+            let text = serde_json::json!({
+                "time": time, "step": step, "durable": null, "ranks": [
+                    {"rank": 0, "host": "a", "pid": 1, "step": step, "phase": "communicating",
+                     "in_phase_seconds": 30.2, "step_seconds": 0.1, "state": "running"},
+                    {"rank": 1, "host": "b", "pid": 2, "step": step, "phase": "computing",
+                     "in_phase_seconds": 30.4, "step_seconds": null, "state": "running"}]});
+            std::fs::write(run.path().join("status.json"), text.to_string()).expect("written");
+        };
+        status(unix_time() - 100.0, 50);
+        watch.look();
+        assert_eq!(watch.steps(), Some((3, 4)));
+        status(unix_time(), 6);
+        watch.look();
+        assert_eq!(watch.steps(), Some((3, 6)));
+        let stuck = watch.stuck(&[], "a").expect("a rank");
+        assert_eq!((stuck.rank, stuck.host.as_str()), (1, "b"));
+        assert_eq!(stuck.text, "computing for 30 s in step 6");
+    }
+}
