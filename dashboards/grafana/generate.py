@@ -5,7 +5,9 @@ import json
 import pathlib
 import sys
 
-import panels as p
+sys.dont_write_bytecode = True
+
+import panels as p  # noqa: E402
 
 RANK = "{{run}} rank {{rank}}"
 PARTS = [

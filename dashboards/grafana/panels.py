@@ -151,7 +151,6 @@ def variables():
             "label": label,
             "description": description,
             "datasource": SOURCE,
-            "definition": expr,
             "query": {"query": expr, "refId": "StandardVariableQuery"},
             "refresh": 2,
             "sort": 3,
