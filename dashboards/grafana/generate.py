@@ -182,7 +182,9 @@ def reliability():
     age = f"time() - {gauge('repa_checkpoint_time_seconds')}"
     at_risk = f"{gauge('repa_step')} - {gauge('repa_checkpoint_step')}"
     skipped = p.by_run("max", f"increase({p.series('repa_skipped_steps_total')}[$__range])")
-    failures = p.by_run("max", f"increase({p.series('repa_checkpoint_failures_total')}[$__range])")
+    # A process that has not failed yet may not show the counter.
+    no_failure = f"0 * {p.series('repa_step')}"
+    failures = p.by_run("max", f"(increase({p.series('repa_checkpoint_failures_total')}[$__range]) or {no_failure})")
     alerts = 'ALERTS{alertname=~"Repa.+", job=~"$job", run=~"$run|"}'
     return p.dashboard("repa-reliability", "repa-dist / Reliability", "What a run would lose, and what went wrong.", [
         p.row("Overview"),
@@ -201,8 +203,8 @@ def reliability():
         p.lines("Age of the last checkpoint", "Time since it became durable.", "s", [age]),
         p.lines("Steps at risk", "Steps since the last durable checkpoint: what a failure now would cost.", "locale",
                 [at_risk]),
-        p.lines("Failed saves", "In a second, mean over the interval.", "ops",
-                [p.by_run("max", p.rate("repa_checkpoint_failures_total"))]),
+        p.lines("Failed saves a second", "Mean over the interval.", "ops",
+                [p.by_run("max", f"({p.rate('repa_checkpoint_failures_total')} or {no_failure})")]),
         p.lines("Time of a save", "From the snapshot until the checkpoint was durable, while training goes on. Mean.",
                 "s", [p.mean("repa_checkpoint_seconds")]),
         p.lines("Wait for a snapshot", "What a save keeps training waiting. Mean.", "s",
@@ -210,7 +212,7 @@ def reliability():
         p.lines("Bytes saved", "All ranks together, in a second.", "Bps",
                 [p.by_run("sum", p.rate("repa_checkpoint_bytes_total"))]),
         p.row("Steps and starts"),
-        p.lines("Skipped steps", "Part of the steps whose gradient was not finite.", "percentunit",
+        p.lines("Skipped part of steps", "Part of the steps whose gradient was not finite.", "percentunit",
                 [p.by_run("max", f"({p.rate('repa_skipped_steps_total')} / {p.rate('repa_steps_total')})")]),
         p.lines("Restarts", "How often the job has been started again.", "none", [gauge("repa_restarts")]),
         p.lines("Steps", "Done since the run began. A fall is a return to a checkpoint.", "locale",
