@@ -71,20 +71,30 @@ def steps(*values):
     return {"mode": "absolute", "steps": listed}
 
 
-def lines(title, description, unit, targets, width=8, height=8, calcs=("lastNotNull",), stack=False, log=False, **more):
+def lines(title, description, unit, targets, width=8, height=8, calcs=("lastNotNull",), stack=False, log=False,
+          many=False, aside=False, rare=False, top=None, **more):
+    """Lines over time. `many`: a short legend, for a line a rank. `aside`: the legend to the right. `rare`: values with
+    gaps between them. `top`: the least upper end of the axis."""
     custom = {
         "drawStyle": "line",
         "lineInterpolation": "linear",
         "lineWidth": 1,
         "fillOpacity": 60 if stack else 0,
-        "showPoints": "never",
-        "spanNulls": False,
+        "showPoints": "always" if rare else "never",
+        "spanNulls": rare,
         "stacking": {"group": "A", "mode": "normal" if stack else "none"},
         "scaleDistribution": {"type": "log", "log": 10} if log else {"type": "linear"},
     }
+    if top is not None:
+        custom["axisSoftMax"] = top
     defaults = {"color": {"mode": "palette-classic"}, "custom": custom} | more.pop("defaults", {})
     options = {
-        "legend": {"calcs": list(calcs), "displayMode": "table", "placement": "bottom", "showLegend": True},
+        "legend": {
+            "calcs": [] if many else list(calcs),
+            "displayMode": "list" if many else "table",
+            "placement": "right" if aside else "bottom",
+            "showLegend": True,
+        },
         "tooltip": {"mode": "multi", "sort": "desc"},
     }
     return panel("timeseries", title, description, unit, targets, width, height, options, defaults, **more)
@@ -124,7 +134,7 @@ def heatmap(title, description, unit, query, width=12, height=9, scheme="Oranges
     return panel("heatmap", title, description, unit, [query], width, height, options, {"custom": custom})
 
 
-def table(title, description, unit, expr, hidden, renamed, order, width=24, height=8, **more):
+def table(title, description, unit, expr, hidden, renamed, order, width=24, height=8, sort=None, widths=None):
     organize = {
         "id": "organize",
         "options": {
@@ -134,9 +144,15 @@ def table(title, description, unit, expr, hidden, renamed, order, width=24, heig
         },
     }
     options = {"cellHeight": "sm", "showHeader": True}
-    custom = {"align": "left", "cellOptions": {"type": "auto"}, "filterable": True}
+    if sort:
+        options["sortBy"] = [{"displayName": sort, "desc": False}]
+    custom = {"align": "left", "cellOptions": {"type": "auto"}, "filterable": True, "minWidth": 80}
+    overrides = [
+        {"matcher": {"id": "byName", "options": name}, "properties": [{"id": "custom.width", "value": wide}]}
+        for name, wide in (widths or {}).items()
+    ]
     return panel("table", title, description, unit, [instant(expr, "", format="table")], width, height, options,
-                 {"custom": custom}, transformations=[organize], **more)
+                 {"custom": custom}, transformations=[organize], overrides=overrides)
 
 
 def row(title):
