@@ -14,7 +14,7 @@ RANKS ?= 2
 # More ranks than cores is slow but works; OpenMPI wants to be told.
 MPIRUN = mpirun $(shell [ $$(nproc) -ge $(RANKS) ] || echo --oversubscribe) -n $(RANKS)
 
-.PHONY: help setup build run test bench bench-pytorch lint check-cuda
+.PHONY: help setup build run test bench bench-pytorch lint check-cuda dashboards-check
 
 help:
 	@echo "make run    set up, build, make the quickstart data, train it on $(RANKS) MPI ranks, sample"
@@ -55,6 +55,10 @@ bench-pytorch: build
 	python3 tests/comparisons/all_reduce.py --binary $(REPA)
 	python3 tests/comparisons/checkpoints.py --binary $(REPA)
 	python3 tests/comparisons/weak_scaling.py --binary $(REPA)
+
+# Draws the dashboards with Grafana's own components; installs some 500 MB of npm packages.
+dashboards-check: build
+	REPA=$(REPA) sh dashboards/check/check.sh
 
 check-cuda: setup
 	$(CARGO) check --release --locked -p repa-dist --features cuda

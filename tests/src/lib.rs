@@ -2,6 +2,7 @@
 //! them on.
 
 pub mod hosts;
+pub mod prometheus;
 pub mod s3;
 
 use std::io::Read;

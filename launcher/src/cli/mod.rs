@@ -3,6 +3,7 @@
 mod bench;
 mod checkpoint;
 mod config;
+mod dashboards;
 mod data;
 mod estimate;
 mod evaluate;
@@ -52,6 +53,8 @@ enum Command {
     Checkpoint(checkpoint::Arguments),
     /// Draw a run's loss curves and say where everything of it is
     Report(report::Arguments),
+    /// Write Grafana dashboards, Prometheus rules and alerts to a folder
+    Dashboards(dashboards::Arguments),
     /// Measure the speed of parts
     Bench(bench::Arguments),
     /// Predict the memory that a rank needs, without training
@@ -100,6 +103,7 @@ pub fn run(arguments: Arguments) -> Result<Outcome, Failure> {
         Some(Command::Sample(arguments)) => sample::run(&arguments),
         Some(Command::Evaluate(arguments)) => evaluate::run(&arguments),
         Some(Command::Checkpoint(arguments)) => checkpoint::run(&arguments),
+        Some(Command::Dashboards(arguments)) => dashboards::run(&arguments),
         Some(Command::Bench(arguments)) => bench::run(&arguments),
         Some(Command::Estimate(arguments)) => estimate::run(&arguments),
         Some(Command::Report(arguments)) => report::run(&arguments),
