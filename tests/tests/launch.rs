@@ -425,14 +425,14 @@ fn a_dry_run_shows_the_line() {
     };
     assert_eq!(
         line(&["--local", "1"]),
-        "mpirun --tag-output --mca repa_launch_job MARK --bind-to none -x NCCL_DEBUG -x REPA_LAUNCH_JOB -x \
+        "mpirun --tag-output --mca repa_launch_job MARK --bind-to none -x NCCL_DEBUG -x REPA_LAUNCH_JOB -x REPA_RESTARTS -x \
          REPA_TRAIN__SEED --wdir / -n 1 REPA train data.dir=DIR/store"
     );
     assert_eq!(
         line(&["--hosts", "a:500,b", "--interface", "eth0", "--rsh-agent", "my-ssh -q", "--bind-to", "core"]),
         "mpirun --tag-output --mca repa_launch_job MARK --bind-to core --mca mpi_yield_when_idle 1 --mca \
          btl_tcp_if_include eth0 --mca oob_tcp_if_include eth0 --mca plm_rsh_agent 'my-ssh -q' --mca \
-         plm_rsh_no_tree_spawn 1 -H a:500,b:1 -x NCCL_DEBUG -x NCCL_SOCKET_IFNAME -x REPA_LAUNCH_JOB -x \
+         plm_rsh_no_tree_spawn 1 -H a:500,b:1 -x NCCL_DEBUG -x NCCL_SOCKET_IFNAME -x REPA_LAUNCH_JOB -x REPA_RESTARTS -x \
          REPA_TRAIN__SEED --wdir / -n 501 REPA train data.dir=DIR/store"
     );
     assert!(!place.run("run").exists());

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal, setsid};
 
-use super::command::{MARK, TERMINAL};
+use super::command::{MARK, RESTARTS, TERMINAL};
 use super::hosts::{Placement, this_host};
 use super::output::{Output, Terminal, lock};
 use super::processes::{LocalRank, ranks, reap};
@@ -60,6 +60,8 @@ pub struct Start<'a> {
     pub steps: u64,
     /// Network interface for NCCL, where the environment has none.
     pub nccl_interface: Option<&'a str>,
+    /// Restarts before this attempt.
+    pub restarts: usize,
     /// How long things may take.
     pub deadlines: Deadlines,
 }
@@ -104,6 +106,7 @@ fn spawn(start: &Start) -> std::io::Result<Child> {
     command
         .args(&start.line[1..])
         .env(MARK, start.job)
+        .env(RESTARTS, start.restarts.to_string())
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());

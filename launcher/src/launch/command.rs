@@ -10,6 +10,9 @@ pub const MARK: &str = "REPA_LAUNCH_JOB";
 /// The same on the command lines of mpirun's daemons on other hosts, which get no variables. mpirun passes on
 /// parameters that it does not know.
 pub const MARK_PARAMETER: &str = "repa_launch_job";
+
+/// Variable that tells the ranks how often they have been started again, for their metrics.
+pub const RESTARTS: &str = "REPA_RESTARTS";
 /// Tells rank 0 that a person watches, and the width of the terminal.
 pub use repa_trainer::telemetry::progress::TERMINAL;
 

@@ -81,7 +81,7 @@ impl Settings {
 
     fn words(&self, placement: &Placement, train: &[String], terminal: &output::Terminal) -> Vec<String> {
         let mut names = environment();
-        names.push(command::MARK.to_owned());
+        names.extend([command::MARK, command::RESTARTS].map(str::to_owned));
         if terminal.width().is_some() {
             names.push(command::TERMINAL.to_owned());
         }
