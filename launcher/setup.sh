@@ -34,7 +34,13 @@ if [ -n "$packages" ]; then
     fi
     say "installing$packages"
     $root apt-get update -q >/dev/null
-    # policy-rc.d is respected; nothing that is installed here is started.
+    # Nothing that is installed here is started: where there is no policy-rc.d, one that says so stands in.
+    policy=/usr/sbin/policy-rc.d
+    if [ ! -e $policy ]; then
+        printf '#!/bin/sh\nexit 101\n' | $root tee $policy >/dev/null
+        $root chmod +x $policy
+        trap '$root rm -f $policy' EXIT
+    fi
     $root env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $packages >/dev/null ||
         fail "apt-get could not install$packages"
 fi

@@ -14,8 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 RANKS, PER_HOST, SLOW = 16, 4, 9
 BATCH, STEP_SECONDS, FIRST_STEP = 512, 0.25, 120_000
 BUCKETS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300]
-PARTS = {"data_wait": 0.002, "host_to_device": 0.004, "encoder": 0.05, "forward": 0.06, "backward": 0.12, "compute": 0.18,
-         "communication": 0.03, "communication_busy": 0.1, "optimizer": 0.02, "checkpoint": 20, "checkpoint_snapshot": 0.8}
+PARTS = {"data_wait": 0.002, "host_to_device": 0.004, "encoder": 0.05, "forward": 0.06, "backward": 0.12,
+         "compute": 0.18, "communication": 0.03, "communication_busy": 0.1, "optimizer": 0.02, "checkpoint": 20,
+         "checkpoint_snapshot": 0.8}
 START = time.time()
 
 
@@ -23,7 +24,8 @@ def histogram(name, count, mean):
     """Durations around a mean, as if drawn from a log-normal distribution."""
     below = [count * (1 + math.erf((math.log(b / mean)) / 0.2)) / 2 for b in BUCKETS]
     lines = [(f"{name}_bucket", {"le": f"{b:g}"}, round(n)) for b, n in zip(BUCKETS, below)]
-    return [*lines, (f"{name}_bucket", {"le": "+Inf"}, count), (f"{name}_sum", {}, count * mean), (f"{name}_count", {}, count)]
+    lines.append((f"{name}_bucket", {"le": "+Inf"}, count))
+    return [*lines, (f"{name}_sum", {}, count * mean), (f"{name}_count", {}, count)]
 
 
 def metrics(rank, run):
@@ -51,7 +53,8 @@ def metrics(rank, run):
         ("gpu_utilization_ratio", {}, 0.97 + noise),
     ]
     out += [("encoder_alignment_loss", {"encoder": e}, align + 0.05 * e) for e in range(2)]
-    out += [("timestep_denoising_loss", {"timestep": f"{q / 4:.2f}-{(q + 1) / 4:.2f}"}, loss + 0.1 * q) for q in range(4)]
+    out += [("timestep_denoising_loss", {"timestep": f"{q / 4:.2f}-{(q + 1) / 4:.2f}"}, loss + 0.1 * q)
+            for q in range(4)]
     if rank == 0:
         out += [("parameter_norm", {}, 300 + age / 100), ("stragglers", {}, int(age > 20))]
         out += [("disk_free_bytes", {"folder": f}, 3e12 - 1e8 * age) for f in ("run", "checkpoints")]
@@ -87,6 +90,8 @@ def serve(rank, run, port):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    # Prometheus gives up on an answer that takes too long.
+    server.handle_error = lambda *_: None
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return f"127.0.0.1:{server.server_port}"
 

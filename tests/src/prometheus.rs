@@ -136,6 +136,18 @@ impl Prometheus {
             .collect()
     }
 
+    /// What was scraped of each series, as time and value; for an expression such as `up[20s]`.
+    ///
+    /// # Errors
+    /// The expression is not sound.
+    pub fn history(&self, expression: &str) -> Result<Vec<Vec<(f64, f64)>>, String> {
+        let data = self.api(&format!("query?query={}", encoded(expression)))?;
+        let sample = |sample: &Value| Some((sample[0].as_f64()?, sample[1].as_str()?.parse().ok()?));
+        let samples = |series: &Value| series["values"].as_array()?.iter().map(sample).collect();
+        let series = data["result"].as_array().ok_or("no result")?;
+        series.iter().map(samples).collect::<Option<_>>().ok_or_else(|| "no samples".to_owned())
+    }
+
     /// The one value of an expression; `None` where there is not just one.
     pub fn value(&self, expression: &str) -> Option<f64> {
         match self.query(expression).ok()?.as_slice() {
