@@ -60,11 +60,16 @@ pub struct Start<'a> {
     pub steps: u64,
     /// Network interface for NCCL, where the environment has none.
     pub nccl_interface: Option<&'a str>,
+    /// The run folder.
+    pub run: &'a Path,
     /// Restarts before this attempt.
     pub restarts: usize,
     /// How long things may take.
     pub deadlines: Deadlines,
 }
+
+/// How long a request to stop may go without an end before it is made in another way as well.
+const UNHEARD: Duration = Duration::from_secs(2);
 
 /// How it went.
 #[derive(Debug)]
@@ -226,6 +231,11 @@ impl<'a> Course<'a> {
             self.first_step.get_or_insert(now);
             // A rank that had said "error" would have ended.
             lock(output).forget_failure();
+        }
+        if self.stop_sent.is_some_and(|at| at.elapsed() > UNHEARD) && self.forced.is_none() {
+            // A signal that came before the ranks listened, or mpirun passed signals on, is lost; this file is not. It
+            // asks for the same, and the next start removes it.
+            let _ = std::fs::write(self.start.run.join("STOP"), []);
         }
         self.here = self.mpirun.map(ranks).unwrap_or_default();
         if !self.here.is_empty() {

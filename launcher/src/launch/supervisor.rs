@@ -191,6 +191,7 @@ impl Supervisor<'_> {
             terminal: &self.terminal,
             steps: self.job.steps,
             nccl_interface: self.settings.line.nccl_interface(),
+            run: &self.job.run,
             restarts: self.restarts,
             deadlines: self.settings.deadlines,
         };

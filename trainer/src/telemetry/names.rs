@@ -143,6 +143,16 @@ pub fn describe() {
         (MFU_RATIO, Unit::Count, "Those over what the devices can do (telemetry.peak_tflops)"),
         (LOADER_QUEUE_DEPTH, Unit::Count, "Batches that the loader holds ready"),
         (DISK_FREE_BYTES, Unit::Bytes, "Free bytes of the disk that a folder is on; on rank 0 only"),
+        (
+            RANK_WORK_SECONDS,
+            Unit::Seconds,
+            "Own work of a rank (peer) in its last step, without waiting for other ranks; on rank 0 only",
+        ),
+        (
+            STRAGGLERS,
+            Unit::Count,
+            "Ranks that are persistently slower than 1.3 times the median; on rank 0 only",
+        ),
         (RESTARTS, Unit::Count, "How often the job has been started again"),
         (GPU_MEMORY_USED_BYTES, Unit::Bytes, "Used memory of this rank's GPU"),
         (GPU_MEMORY_TOTAL_BYTES, Unit::Bytes, "Memory of this rank's GPU"),
