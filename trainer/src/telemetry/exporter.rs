@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
-use metrics::gauge;
+use metrics::{counter, gauge};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder};
 
 use super::{host, names};
@@ -105,6 +105,8 @@ fn announce(identity: &Identity) {
         "device" => identity.device.clone())
     .set(1.0);
     gauge!(names::RESTARTS).set(identity.restarts as f64);
+    // There from the start, so that a rate sees the first one.
+    counter!(names::FAILED_CHECKPOINTS).increment(0);
 }
 
 /// Writes Prometheus' file_sd target file: one group that holds every rank's address. Readers see
