@@ -274,13 +274,22 @@ fn what_cannot_be_mended_is_told_once() {
     assert!(refused.stderr.contains("h9 does not answer"), "{}", refused.stderr);
     assert!(!place.run("a").exists(), "nothing was started, so nothing is left");
     place.fails(&[&two[..], &["--mpirun", "/no/mpirun"]].concat(), "m", &[], 2, &["/no/mpirun", "install"]);
-    // A host on which the binary is not at its place.
-    let agent = place.run("agent");
-    fs::write(&agent, "#!/bin/sh\nshift\nexec sh -c \"/elsewhere$*\"\n").expect("written");
-    fs::set_permissions(&agent, fs::Permissions::from_mode(0o755)).expect("set");
-    let agent = agent.to_str().expect("UTF-8");
+    // Hosts on which the binary is not at its place, and without OpenMPI.
+    let agent = |name: &str, script: &str| {
+        let path = place.run(name);
+        fs::write(&path, format!("#!/bin/sh\nshift\n{script}\n")).expect("written");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("set");
+        path.to_str().expect("UTF-8").to_owned()
+    };
+    let nowhere = agent("nowhere", "exec sh -c \"/elsewhere$*\"");
     let message = ["h9 cannot run ", "at the same path on every host"];
-    place.fails(&["--hosts", "h9:2", "--rsh-agent", agent], "a", &[], 2, &message);
+    place.fails(&["--hosts", "h9:2", "--rsh-agent", &nowhere], "a", &[], 2, &message);
+    let bare = agent(
+        "bare",
+        "case \"$*\" in *orted*) echo 'orted: not found' >&2; exit 127; esac\nexec sh -c \"$*\"",
+    );
+    let message = ["(orted) on every host: orted: not found", "OpenMPI has to be installed"];
+    place.fails(&["--hosts", "h9:2", "--rsh-agent", &bare], "o", &[], 4, &message);
 
     // Found by the ranks.
     place.fails(&two, "c", &["device=cuda:0"], 2, &["device = cuda:0"]);
@@ -408,7 +417,8 @@ fn a_dry_run_shows_the_line() {
         let train: Vec<&str> = train.iter().take(1).map(String::as_str).collect();
         let mut command = repa_dist(&[&["launch", "--dry-run"], options, &["--", "train"], &train].concat());
         // As a user has them, whatever the tests run in.
-        let foreign = |name: &str| ["REPA_", "NCCL_", "OMPI_", "RUST_"].iter().any(|p| name.starts_with(p));
+        let foreign =
+            |name: &str| ["REPA_", "NCCL_", "OMPI_", "AWS_", "RUST_"].iter().any(|p| name.starts_with(p));
         for (name, _) in std::env::vars().filter(|(name, _)| foreign(name)) {
             command.env_remove(name);
         }

@@ -229,8 +229,7 @@ impl<'a> Course<'a> {
         watch.look();
         if watch.steps() != before {
             self.first_step.get_or_insert(now);
-            // A rank that had said "error" would have ended.
-            lock(output).forget_failure();
+            lock(output).saw_step();
         }
         if self.stop_sent.is_some_and(|at| at.elapsed() > UNHEARD) && self.forced.is_none() {
             // A signal that came before the ranks listened, or mpirun passed signals on, is lost; this file is not. It

@@ -100,7 +100,8 @@ fn text(path: &Path) -> String {
 /// Of the variables of our environment, those that ranks on other hosts should have.
 fn exported(names: &[String]) -> Vec<&str> {
     const NAMES: [&str; 3] = ["RUST_LOG", "RUST_BACKTRACE", MARK];
-    const PREFIXES: [&str; 3] = ["REPA_", "NCCL_", "OMPI_"];
+    // Checkpoints in S3 take theirs from AWS_*.
+    const PREFIXES: [&str; 4] = ["REPA_", "NCCL_", "OMPI_", "AWS_"];
     // What an mpirun around us has left is of another job.
     const OF_A_JOB: [&str; 5] =
         ["OMPI_COMM_WORLD_", "OMPI_UNIVERSE_", "OMPI_APP_", "OMPI_MCA_orte_", "OMPI_MCA_ess_"];

@@ -6,7 +6,7 @@ use std::fs::OpenOptions;
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::lines::Lines;
 use super::tags::Origin;
@@ -225,11 +225,15 @@ impl Output {
             .append(true)
             .open(self.folder.join(name))
             .and_then(|mut file| file.write_all(format!("{line}\n").as_bytes()));
-        if let (Err(error), false) = (written, std::mem::replace(&mut self.warned, true)) {
-            let place = self.folder.display();
-            self.terminal.line(&format!("launch: cannot write logs to {place}: {error}; the run goes on"));
-        } else {
-            self.warned = false;
+        match written {
+            Ok(()) => self.warned = false,
+            Err(_) if self.warned => {}
+            Err(error) => {
+                self.warned = true;
+                let place = self.folder.display();
+                self.terminal
+                    .line(&format!("launch: cannot write logs to {place}: {error}; the run goes on"));
+            }
         }
     }
 
@@ -258,9 +262,10 @@ impl Output {
         self.failed
     }
 
-    /// It was none: training goes on.
-    pub fn forget_failure(&mut self) {
-        self.failed = None;
+    /// A step was seen now: what came well before it was no failure.
+    pub fn saw_step(&mut self) {
+        // The step itself may have been a little before it was seen.
+        self.failed = self.failed.filter(|failed| failed.elapsed() < Duration::from_secs(1));
     }
 
     /// When rank 0 last said something.

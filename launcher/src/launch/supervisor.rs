@@ -307,7 +307,9 @@ impl Supervisor<'_> {
                 let text = format!("{}; {}", verdict.message, good());
                 return Some(Err(Failure::with_code(code.unwrap_or(runtime), text)));
             }
-            Why::Failed | Why::Killed | Why::Hung | Why::Mpirun | Why::Unreachable => {}
+            // Nothing has run yet, so it is how hosts are set up, and no accident.
+            Why::Start if self.made == 1 => return Some(Err(Failure::with_code(runtime, message()))),
+            Why::Failed | Why::Killed | Why::Hung | Why::Start | Why::Mpirun | Why::Unreachable => {}
         }
         match requests.look() {
             Asked::Nothing => None,

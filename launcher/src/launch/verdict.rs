@@ -31,7 +31,9 @@ pub enum Why {
     Killed,
     /// No step for too long.
     Hung,
-    /// mpirun went away, or could not start the ranks.
+    /// mpirun could not start the ranks.
+    Start,
+    /// mpirun went away.
     Mpirun,
     /// Hosts do not answer.
     Unreachable,
@@ -146,7 +148,7 @@ pub fn judge(
         };
     }
     if let Some(problem) = said.start {
-        return verdict(Why::Mpirun, problem);
+        return verdict(Why::Start, problem);
     }
     if let Some(host) = said.lost {
         return Verdict {

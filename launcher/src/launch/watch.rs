@@ -9,6 +9,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use repa_trainer::checkpoint::Checkpoints;
 use repa_trainer::telemetry::record::log_path;
+use repa_trainer::train::status_path;
 use serde::Deserialize;
 
 use super::processes::LocalRank;
@@ -20,7 +21,6 @@ const LISTING: Duration = Duration::from_millis(500);
 #[derive(Debug, Clone, Deserialize)]
 pub struct Status {
     time: f64,
-    step: u64,
     #[serde(default)]
     durable: Option<u64>,
     #[serde(default)]
@@ -88,7 +88,7 @@ impl Watch {
             log_before: identity(&log).map(|(id, _)| id),
             is_new: false,
             log,
-            status_path: run.join("status.json"),
+            status_path: status_path(run),
             checkpoints: checkpoints.clone(),
             began: unix_time(),
             log_size: 0,
@@ -167,9 +167,6 @@ impl Watch {
         if status.time < self.began - 1.0 {
             return;
         }
-        if self.step.is_some_and(|step| status.step > step) {
-            self.advance(status.step);
-        }
         self.status = Some(status);
     }
 
@@ -230,7 +227,8 @@ impl Watch {
         }
         let ranks = &self.status.as_ref()?.ranks;
         let tell = |rank: &RankStatus, text: String| Stuck { rank: rank.rank, host: rank.host.clone(), text };
-        if let Some(rank) = ranks.iter().find(|rank| rank.state != "running") {
+        let gone = ["stopped", "ended", "no answer"];
+        if let Some(rank) = ranks.iter().find(|rank| gone.contains(&rank.state.as_str())) {
             return Some(tell(rank, rank.state.clone()));
         }
         // Those that wait in a collective wait for one that does something else, or is behind.
@@ -305,24 +303,26 @@ mod tests {
         step(&log, &[1, 2, 3, 4]);
         watch.look();
         assert_eq!(watch.steps(), Some((3, 4)));
-        // A newer status counts; an old one does not.
-        let status = |time: f64, step: u64| {
+        // An old status says nothing.
+        let status = |time: f64| {
+            let rank = |rank: usize, host: &str, phase: &str| {
+                serde_json::json!({
+                    "rank": rank, "host": host, "pid": 1, "step": 5, "phase": phase,
+                    "in_phase_seconds": 30.4, "step_seconds": null, "state": "running"})
+            };
             let text = serde_json::json!({
-                "time": time, "step": step, "durable": null, "ranks": [
-                    {"rank": 0, "host": "a", "pid": 1, "step": step, "phase": "communicating",
-                     "in_phase_seconds": 30.2, "step_seconds": 0.1, "state": "running"},
-                    {"rank": 1, "host": "b", "pid": 2, "step": step, "phase": "computing",
-                     "in_phase_seconds": 30.4, "step_seconds": null, "state": "running"}]});
+                "time": time, "state": "training", "step": 5, "steps": 9, "durable": 4,
+                "ranks": [rank(0, "a", "communicating"), rank(1, "b", "computing")]});
             std::fs::write(run.path().join("status.json"), text.to_string()).expect("written");
         };
-        status(unix_time() - 100.0, 50);
+        status(unix_time() - 100.0);
         watch.look();
-        assert_eq!(watch.steps(), Some((3, 4)));
-        status(unix_time(), 6);
+        assert_eq!((watch.stuck(&[], "a"), watch.durable()), (None, Some(2)));
+        status(unix_time());
         watch.look();
-        assert_eq!(watch.steps(), Some((3, 6)));
+        assert_eq!((watch.steps(), watch.durable()), (Some((3, 4)), Some(4)));
         let stuck = watch.stuck(&[], "a").expect("a rank");
         assert_eq!((stuck.rank, stuck.host.as_str()), (1, "b"));
-        assert_eq!(stuck.text, "computing for 30 s in step 6");
+        assert_eq!(stuck.text, "computing for 30 s in step 5");
     }
 }
