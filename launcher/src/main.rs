@@ -4,6 +4,7 @@
 
 mod cli;
 mod exit;
+mod slurm;
 
 use clap::Parser;
 

@@ -2,6 +2,7 @@
 //! them on.
 
 pub mod hosts;
+pub mod slurm;
 
 use std::io::Read;
 use std::os::unix::process::CommandExt;

@@ -8,6 +8,7 @@ mod estimate;
 mod evaluate;
 mod report;
 mod sample;
+mod slurm;
 mod train;
 
 use std::path::PathBuf;
@@ -38,6 +39,8 @@ pub struct Arguments {
 enum Command {
     /// Train, on every rank that mpirun or srun started (the default command)
     Train(train::Arguments),
+    /// Write a batch script for SLURM, and hand it in
+    Slurm(slurm::Arguments),
     /// Make, look at and check the data that training reads
     Data(data::Arguments),
     /// Draw images from a run's averaged weights, as a labelled grid
@@ -87,6 +90,7 @@ pub fn run(arguments: Arguments) -> Result<Outcome, Failure> {
     match arguments.command {
         None => train::run(&arguments.train),
         Some(Command::Train(arguments)) => train::run(&arguments),
+        Some(Command::Slurm(arguments)) => slurm::run(&arguments),
         Some(Command::Data(arguments)) => data::run(&arguments),
         Some(Command::Sample(arguments)) => sample::run(&arguments),
         Some(Command::Evaluate(arguments)) => evaluate::run(&arguments),
