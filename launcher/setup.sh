@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs what building and running repa-dist needs on Debian or Ubuntu: OpenMPI, libclang (for the
 # MPI bindings), a C compiler, and Rust by rustup where cargo is missing. Does nothing where all is
-# there. `setup.sh test` adds cargo-nextest, which runs the tests.
+# there. `setup.sh test` adds cargo-nextest, which runs the tests, and as root SLURM, for tests of it.
 set -eu
 
 say() { printf 'setup: %s\n' "$*"; }
@@ -43,6 +43,31 @@ if [ -n "$packages" ]; then
     fi
     $root env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $packages >/dev/null ||
         fail "apt-get could not install$packages"
+fi
+
+# Tests bring a SLURM of their own up, which takes root; without it they are skipped. Its packages would start daemons:
+# policy-rc.d is how Debian is told not to.
+slurm="slurmctld slurmd slurm-client munge slurm-wlm-basic-plugins"
+policy=/usr/sbin/policy-rc.d
+slurm_for_tests() {
+    if [ ! -e "$policy" ]; then
+        trap 'rm -f "$policy"' EXIT
+        printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod 755 "$policy" || return 1
+    elif "$policy" munge start >/dev/null 2>&1 || [ $? -ne 101 ]; then
+        say "$policy would let services start"
+        return 1
+    fi
+    say "installing $slurm"
+    # The index may be old, or not there yet.
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $slurm >/dev/null 2>&1 ||
+        { apt-get update -q >/dev/null && DEBIAN_FRONTEND=noninteractive \
+            apt-get install -y -q --no-install-recommends $slurm >/dev/null; }
+}
+if [ "${1:-}" = test ] && [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null 2>&1; then
+    if ! command -v slurmctld >/dev/null 2>&1 || ! command -v slurmd >/dev/null 2>&1 ||
+        ! command -v sbatch >/dev/null 2>&1 || ! command -v munged >/dev/null 2>&1; then
+        (slurm_for_tests) || say "SLURM could not be installed: its tests will be skipped"
+    fi
 fi
 
 if ! command -v cargo >/dev/null 2>&1 && [ ! -x "$HOME/.cargo/bin/cargo" ]; then

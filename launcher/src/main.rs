@@ -6,6 +6,7 @@ mod cli;
 mod exit;
 mod launch;
 mod log;
+mod slurm;
 
 use clap::Parser;
 

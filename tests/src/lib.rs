@@ -4,6 +4,7 @@
 pub mod hosts;
 pub mod prometheus;
 pub mod s3;
+pub mod slurm;
 
 use std::io::Read;
 use std::os::unix::process::CommandExt;

@@ -11,6 +11,7 @@ mod launch;
 mod reap;
 mod report;
 mod sample;
+mod slurm;
 mod train;
 
 use std::path::PathBuf;
@@ -43,6 +44,8 @@ enum Command {
     Train(train::Arguments),
     /// Start the ranks with mpirun, watch them, and start them again from the last checkpoint when they fail
     Launch(launch::Arguments),
+    /// Write a batch script for SLURM, and hand it in
+    Slurm(slurm::Arguments),
     /// Make, look at and check the data that training reads
     Data(data::Arguments),
     /// Draw images from a run's averaged weights, as a labelled grid
@@ -99,6 +102,7 @@ pub fn run(arguments: Arguments) -> Result<Outcome, Failure> {
         Some(Command::Train(arguments)) => train::run(&arguments),
         Some(Command::Launch(arguments)) => launch::run(&arguments),
         Some(Command::Reap(arguments)) => reap::run(&arguments),
+        Some(Command::Slurm(arguments)) => slurm::run(&arguments),
         Some(Command::Data(arguments)) => data::run(&arguments),
         Some(Command::Sample(arguments)) => sample::run(&arguments),
         Some(Command::Evaluate(arguments)) => evaluate::run(&arguments),

@@ -1,0 +1,357 @@
+//! Batch scripts and real SLURM: three nodes on this machine (`repa_tests::slurm`), skipped with a reason where the
+//! packages are missing or the tests do not run as root. Some 60 s on two cores, most of it for SLURM, which looks at
+//! time limits every 30 s.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use repa_tests::slurm::{Slurm, is_stopped, pending_signals};
+use repa_tests::{Ended, Running, binary, log, repa_dist, small_model, small_store};
+
+const DEADLINE: Duration = Duration::from_secs(100);
+
+const SIGUSR1: u32 = 10;
+
+/// A cluster with a small store, or why there is none.
+fn cluster() -> Option<Cluster> {
+    let started = Instant::now();
+    match Slurm::start(3) {
+        Ok(slurm) => {
+            eprintln!("three nodes are up after {:.1} s", started.elapsed().as_secs_f64());
+            small_store(&slurm.folder().join("store"), 23);
+            Some(Cluster { slurm })
+        }
+        Err(reason) => {
+            eprintln!("skipped: no SLURM here ({reason})");
+            None
+        }
+    }
+}
+
+struct Cluster {
+    slurm: Slurm,
+}
+
+impl Cluster {
+    fn run(&self, name: &str) -> PathBuf {
+        self.slurm.folder().join(name)
+    }
+
+    /// `repa-dist slurm --submit` of the small model on three nodes; gives the number of the job.
+    #[track_caller]
+    fn submit(&self, run: &str, options: &[&str], more: &[&str]) -> String {
+        let mut arguments: Vec<String> =
+            ["slurm", "--nodes=3", "--cpus-per-task=1", "--interface=eth0", "--submit"]
+                .iter()
+                .chain(options)
+                .map(|&a| a.to_owned())
+                .collect();
+        arguments.extend(small_model(&self.run("store"), &self.run(run)));
+        arguments.extend(more.iter().map(|&a| a.to_owned()));
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let ended =
+            Running::start(&mut self.slurm.command(&binary(), &arguments)).wait(DEADLINE).expect_code(0);
+        let id = ended.stdout.split_whitespace().nth(2).expect("a number").to_owned();
+        assert!(ended.stdout.starts_with(&format!("submitted job {id} ")), "{}", ended.stdout);
+        assert!(
+            ended.stdout.contains(&format!("tail -F {}", self.log_of(run, &id).display())),
+            "{}",
+            ended.stdout
+        );
+        id
+    }
+
+    fn log_of(&self, run: &str, id: &str) -> PathBuf {
+        self.run(run).join(format!("logs/{run}-{id}.out"))
+    }
+
+    /// What a job has printed.
+    fn said(&self, run: &str, id: &str) -> String {
+        fs::read_to_string(self.log_of(run, id)).unwrap_or_default()
+    }
+
+    #[track_caller]
+    fn until(&self, what: &str, run: &str, id: &str, mut holds: impl FnMut() -> bool) {
+        let started = Instant::now();
+        while !holds() {
+            assert!(
+                started.elapsed() < DEADLINE,
+                "waited in vain until {what}; the job is {} and said:\n{}\nslurmctld:\n{}",
+                self.slurm.field(id, "JobState"),
+                self.said(run, id),
+                self.slurm.log("slurmctld.log")
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Waits until a job has done some steps, and holds its ranks there.
+    #[track_caller]
+    fn hold(&self, run: &str, id: &str) {
+        let folder = self.run(run);
+        self.until("it trains", run, id, || {
+            fs::read_to_string(folder.join("metrics.jsonl")).is_ok_and(|text| text.lines().count() > 3)
+        });
+        let ranks = self.slurm.ranks(&folder);
+        assert_eq!(ranks.len(), 3, "{}", self.said(run, id));
+        send("STOP", &ranks);
+        assert!(log(&folder).len() < STEPS, "the run was over before it could be held");
+    }
+
+    /// Waits until SIGUSR1 has come to all ranks, and lets them go on.
+    #[track_caller]
+    fn release(&self, run: &str, id: &str) {
+        let held = self.slurm.ranks(&self.run(run));
+        self.until("the ranks are signalled", run, id, || {
+            held.iter().all(|&pid| pending_signals(pid) & (1 << (SIGUSR1 - 1)) != 0)
+        });
+        send("CONT", &held);
+    }
+
+    /// Waits until SLURM has preempted a job whose ranks are held (it lets them go on before it sends SIGTERM), and lets
+    /// the others go on, too.
+    #[track_caller]
+    fn release_preempted(&self, run: &str, id: &str) {
+        let held = self.slurm.ranks(&self.run(run));
+        self.until("the ranks are signalled", run, id, || held.iter().any(|&pid| !is_stopped(pid)));
+        held.iter().filter(|&&pid| is_stopped(pid)).for_each(|&pid| send("CONT", &[pid]));
+    }
+
+    /// Waits until SLURM has put a job back in its queue, and has it start again at once.
+    #[track_caller]
+    fn start_again(&self, run: &str, id: &str) {
+        self.until("the job is requeued", run, id, || {
+            self.slurm.field(id, "Restarts") == "1"
+                && self.slurm.field(id, "JobState") == "PENDING"
+                && self.slurm.run(&["sinfo", "-h", "-N", "-t", "completing"]).stdout.is_empty()
+        });
+        // slurmd refuses a start in the second in which the last one ended.
+        std::thread::sleep(Duration::from_millis(1200));
+        self.slurm.run(&["scontrol", "update", &format!("JobId={id}"), "StartTime=now"]).expect_code(0);
+    }
+
+    #[track_caller]
+    fn finish(&self, run: &str, id: &str, state: &str) {
+        self.until("it has ended", run, id, || {
+            ["COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL"]
+                .contains(&self.slurm.field(id, "JobState").as_str())
+        });
+        assert_eq!(self.slurm.field(id, "JobState"), state, "{}", self.said(run, id));
+        assert!(self.slurm.ranks(&self.run(run)).is_empty(), "ranks are left");
+    }
+
+    /// Two runs have the same weights, averages and moments.
+    #[track_caller]
+    fn same(&self, a: &str, b: &str) {
+        let (a, b) = (self.run(a), self.run(b));
+        let arguments = ["checkpoint", "diff", text(&a), text(&b)];
+        let said = Running::start(&mut repa_dist(&arguments)).wait(DEADLINE).expect_code(0).stdout;
+        assert!(said.contains("same to the bit, 0 differ"), "{said}");
+    }
+
+    /// A stopped and resumed run is the one that was not stopped.
+    #[track_caller]
+    fn went_on(&self, run: &str, id: &str, whole: &str) {
+        let said = self.said(run, id);
+        for part in
+            ["3 ranks on 3 hosts", "going on from step ", &format!("to {STEPS}"), "to be started again"]
+        {
+            assert!(said.contains(part), "no {part:?} in\n{said}");
+        }
+        assert_eq!(said.matches("to be started again").count(), 1, "{said}");
+        assert_eq!(log(&self.run(run)).len(), STEPS);
+        self.same(run, whole);
+    }
+}
+
+/// Steps of a run: enough that it is still under way when it is first looked at.
+const STEPS: usize = 200;
+
+fn steps() -> String {
+    format!("train.steps={STEPS}")
+}
+
+fn send(signal: &str, pids: &[u32]) {
+    let pids: Vec<String> = pids.iter().map(u32::to_string).collect();
+    let status = Command::new("kill").args(["-s", signal, "--"]).args(&pids).status().expect("kill runs");
+    assert!(status.success(), "cannot send {signal} to {pids:?}");
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("a path in UTF-8")
+}
+
+/// Under the launch of srun and of mpirun: the time limit comes near, all ranks save at the same step, the job is
+/// requeued and ends as the one that had time.
+#[test]
+fn a_time_limit_costs_nothing() {
+    let Some(cluster) = cluster() else { return };
+    let steps = steps();
+    let jobs = ["srun", "mpirun"].map(|form| {
+        let id = cluster.submit(form, &[&format!("--mpi={form}"), "--time=60", "--notice=120"], &[&steps]);
+        (form, id)
+    });
+    for (form, id) in &jobs {
+        cluster.hold(form, id);
+        // SLURM looks at time limits every 30 s.
+        let minutes = 2 + elapsed_minutes(&cluster.slurm.field(id, "RunTime"));
+        let limit = format!("TimeLimit={minutes}");
+        cluster.slurm.run(&["scontrol", "update", &format!("JobId={id}"), &limit]).expect_code(0);
+    }
+    // Meanwhile, a run that is not stopped.
+    let whole = cluster.submit("whole", &[], &[&steps]);
+    cluster.finish("whole", &whole, "COMPLETED");
+    for (form, id) in &jobs {
+        cluster.release(form, id);
+        cluster.start_again(form, id);
+        cluster.finish(form, id, "COMPLETED");
+        cluster.went_on(form, id, "whole");
+    }
+}
+
+/// A job of a higher partition takes the nodes: the ranks save in the time that SLURM gives them.
+#[test]
+fn preemption_costs_nothing() {
+    let Some(cluster) = cluster() else { return };
+    let steps = steps();
+    let whole = cluster.submit("whole", &[], &[&steps]);
+    cluster.finish("whole", &whole, "COMPLETED");
+    for form in ["srun", "mpirun"] {
+        let id = cluster.submit(form, &[&format!("--mpi={form}"), "--partition=low"], &[&steps]);
+        cluster.hold(form, &id);
+        let all = [
+            "sbatch",
+            "--parsable",
+            "--partition=high",
+            "--nodes=3",
+            "--ntasks-per-node=4",
+            "--output=/dev/null",
+        ];
+        let wanted = cluster.slurm.run(&[&all[..], &["--wrap=true"]].concat()).expect_code(0).stdout;
+        cluster.release_preempted(form, &id);
+        cluster.start_again(form, &id);
+        cluster.finish(form, &id, "COMPLETED");
+        cluster.went_on(form, &id, "whole");
+        assert_eq!(cluster.slurm.field(wanted.trim(), "JobState"), "COMPLETED");
+    }
+}
+
+/// What a person asks for by the file STOP is not undone; wrong settings are not tried again; a lost rank is, so many
+/// times; and srun without PMIx is refused with what to do.
+#[test]
+fn starts_again_only_where_that_can_help() {
+    let Some(cluster) = cluster() else { return };
+    // N jobs of one rank: each of them says so.
+    let mut arguments = small_model(&cluster.run("store"), &cluster.run("alone"));
+    arguments.insert(0, text(&binary()).to_owned());
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let refused = cluster.slurm.run(&[&["srun", "--mpi=none", "-N3", "-n3"], &arguments[..]].concat());
+    refused
+        .expect_code(4)
+        .expect_error(&["srun started 3 tasks that cannot find each other", "srun --mpi=pmix"]);
+    assert!(!cluster.run("alone").exists(), "it has begun to train");
+
+    let id = cluster.submit("data", &[], &["data.dir=/nowhere"]);
+    cluster.finish("data", &id, "FAILED");
+    assert_eq!(cluster.slurm.field(&id, "ExitCode"), "3:0", "{}", cluster.said("data", &id));
+    assert!(cluster.said("data", &id).contains("starting again cannot help"));
+
+    let endless = "train.steps=1000000";
+    let id = cluster.submit("stop", &["--mpi=mpirun"], &[endless]);
+    let run = cluster.run("stop");
+    cluster.until("it trains", "stop", &id, || run.join("metrics.jsonl").exists() && log(&run).len() > 3);
+    fs::write(run.join("STOP"), "").expect("written");
+    cluster.finish("stop", &id, "FAILED");
+    assert_eq!(cluster.slurm.field(&id, "ExitCode"), "75:0");
+    assert!(cluster.said("stop", &id).contains("not started again"), "{}", cluster.said("stop", &id));
+
+    let id = cluster.submit("lost", &["--max-failures=1"], &[endless]);
+    for restarts in ["0", "1"] {
+        cluster.until("it trains", "lost", &id, || {
+            cluster.slurm.field(&id, "Restarts") == restarts
+                && cluster.slurm.ranks(&cluster.run("lost")).len() == 3
+                && cluster.said("lost", &id).matches("3 ranks on 3 hosts").count()
+                    > usize::from(restarts == "1")
+        });
+        send("KILL", &cluster.slurm.ranks(&cluster.run("lost"))[..1]);
+        if restarts == "0" {
+            cluster.start_again("lost", &id);
+        }
+    }
+    cluster.finish("lost", &id, "FAILED");
+    assert!(cluster.said("lost", &id).contains("given up"), "{}", cluster.said("lost", &id));
+}
+
+/// Minutes of a time such as 0:42, 1:02:03 or 00:00:42, rounded down.
+fn elapsed_minutes(time: &str) -> u64 {
+    time.split(':').filter_map(|part| part.parse::<u64>().ok()).fold(0, |sum, part| sum * 60 + part) / 60
+}
+
+fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().expect("the repository")
+}
+
+/// The examples are what the command in their head makes, and bash reads them.
+#[test]
+fn the_examples_are_made_by_the_command_that_they_name() {
+    let folder = repository().join("configs/slurm");
+    let mut seen = 0;
+    for entry in fs::read_dir(folder).expect("examples") {
+        let path = entry.expect("an entry").path();
+        if path.extension().is_none_or(|e| e != "sbatch") {
+            continue;
+        }
+        seen += 1;
+        let example = fs::read_to_string(&path).expect("readable");
+        let made_by: String = example
+            .lines()
+            .skip_while(|line| !line.ends_with("Made by"))
+            .skip(2)
+            .take_while(|line| *line != "#")
+            .map(|line| format!("{}\n", line.trim_start_matches('#').trim_start()))
+            .collect();
+        assert!(made_by.starts_with("repa-dist slurm "), "{}: {made_by:?}", path.display());
+        let folder_of_binary = binary().parent().expect("a folder").to_owned();
+        let search = format!("{}:{}", folder_of_binary.display(), std::env::var("PATH").unwrap_or_default());
+        let mut command = Command::new("bash");
+        command.args(["-c", &made_by]).current_dir(repository()).env("PATH", search);
+        let made = Running::start(&mut command).wait(DEADLINE).expect_code(0).stdout;
+        assert_eq!(made, example, "{} is not up to date: run its command with --out", path.display());
+        Running::start(Command::new("bash").arg("-n").arg(&path)).wait(DEADLINE).expect_code(0);
+    }
+    assert!(seen >= 4, "{seen} examples");
+}
+
+fn fails(arguments: &[&str], message: &[&str]) -> Ended {
+    let arguments = [&["slurm"], arguments].concat();
+    let ended =
+        Running::start(&mut repa_dist(&arguments)).wait(DEADLINE).expect_code(2).expect_error(message);
+    assert_eq!(
+        ended.stderr.lines().filter(|line| !line.starts_with("warning")).count(),
+        1,
+        "{}",
+        ended.stderr
+    );
+    ended
+}
+
+#[test]
+fn wrong_options_get_one_message() {
+    fails(&["--time=soon"], &["--time", "\"soon\" is no time limit", "24:00:00"]);
+    fails(&["--nodes=0"], &["--nodes must be above 0"]);
+    fails(&["--config=/nonexistent.toml"], &["/nonexistent.toml"]);
+    fails(&["--gpus-per-node=2", "--ranks-per-node=3"], &["each rank needs a GPU of its own"]);
+    fails(&["--notice=600", "--time=5"], &["--notice 600", "below the time limit"]);
+    fails(&["--job-name=a/b"], &["--job-name \"a/b\"", "letters"]);
+    fails(&["--sbatch=exclusive"], &["--sbatch exclusive", "--constraint=a100"]);
+    fails(&["--array=train.sed=1,2"], &["unknown key \"train.sed\"", "train.seed"]);
+    fails(&["--array=train.seed=1", "--array=train.seed=2"], &["twice"]);
+    fails(&["--out=/nonexistent/job"], &["cannot write /nonexistent/job"]);
+    let folder = tempfile::tempdir().expect("a folder");
+    let run = format!("run.dir={}", folder.path().join("run").display());
+    let mut alone = repa_dist(&["slurm", "--submit", &run]);
+    let ended = Running::start(alone.env("PATH", folder.path())).wait(DEADLINE).expect_code(2);
+    ended.expect_error(&["--submit needs SLURM's sbatch", "login node"]);
+}
