@@ -14,7 +14,7 @@ RANKS ?= 2
 # More ranks than cores is slow but works; OpenMPI wants to be told.
 MPIRUN = mpirun $(shell [ $$(nproc) -ge $(RANKS) ] || echo --oversubscribe) -n $(RANKS)
 
-.PHONY: help setup build run test bench bench-pytorch lint check-cuda dashboards-check
+.PHONY: help setup build run test soak bench bench-pytorch lint check-cuda dashboards-check
 
 help:
 	@echo "make run    set up, build, make the quickstart data, train it on $(RANKS) MPI ranks, sample"
@@ -41,6 +41,10 @@ test:
 	$(CARGO) build --release --locked -p repa-dist
 	$(CARGO) nextest run --release --locked --workspace --exclude repa-comm
 	$(CARGO) nextest run --release --locked -p repa-comm --features nccl
+
+# 200 killed ranks instead of 20: some ten minutes.
+soak: build
+	REPA_KILLS=200 $(CARGO) nextest run --release --locked -p repa-tests --test checkpoints -E 'test(killed)'
 
 bench: build
 	$(MPIRUN) $(REPA) bench all-reduce

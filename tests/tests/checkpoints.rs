@@ -1,6 +1,6 @@
 //! Checkpoints end to end: when they are saved, what is kept, where runs go on from, and what happens when the disk or
-//! a rank does not hold. Some 60 s on two cores, half of it for the ranks that are killed (20 times; REPA_KILLS=200 for
-//! a longer test).
+//! a rank does not hold. Some 60 s on two cores, half of it for the ranks that are killed: 20 times, and 200 times by
+//! `make soak`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
