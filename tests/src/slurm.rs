@@ -180,16 +180,26 @@ impl Slurm {
         self.processes("repa-dist").into_iter().filter(trains).collect()
     }
 
-    /// Process numbers, on this machine, of the cluster's programs of a name.
+    /// Ends the cluster, and returns the names of its processes that are left.
+    #[must_use]
+    pub fn end(self) -> Vec<String> {
+        let space = process_namespace(self.first);
+        let before = self.processes("");
+        drop(self);
+        let left = before.into_iter().filter(|&pid| process_namespace(pid).is_some_and(|s| Some(s) == space));
+        left.filter_map(|pid| fs::read_to_string(format!("/proc/{pid}/comm")).ok()).collect()
+    }
+
+    /// Process numbers, on this machine, of the cluster's programs of a name; of all without one.
     fn processes(&self, name: &str) -> Vec<u32> {
-        let of = |pid: u32| fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
-        let Some(cluster) = of(self.first) else { return Vec::new() };
+        let Some(cluster) = process_namespace(self.first) else { return Vec::new() };
         let all = fs::read_dir("/proc").into_iter().flatten().flatten();
         let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
         let named = |pid: &u32| {
-            fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim_end() == name)
+            let comm = fs::read_to_string(format!("/proc/{pid}/comm"));
+            comm.is_ok_and(|comm| name.is_empty() || comm.trim_end() == name)
         };
-        pids.filter(|pid| named(pid) && of(*pid).as_ref() == Some(&cluster)).collect()
+        pids.filter(|pid| named(pid) && process_namespace(*pid).as_ref() == Some(&cluster)).collect()
     }
 
     /// A log of the cluster, for messages.
@@ -218,6 +228,11 @@ impl Drop for Slurm {
             std::thread::sleep(Duration::from_millis(10));
         }
     }
+}
+
+/// What tells the cluster's processes from the machine's own.
+fn process_namespace(pid: u32) -> Option<PathBuf> {
+    fs::read_link(format!("/proc/{pid}/ns/pid")).ok()
 }
 
 /// Signals that wait for a process, as a bit mask of which bit N - 1 is signal N.

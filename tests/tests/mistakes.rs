@@ -109,6 +109,7 @@ fn help_and_version_read_well() {
         &["bench", "step", "--help"],
         &["estimate", "--help"],
         &["launch", "--help"],
+        &["slurm", "--help"],
         &["sample", "--help"],
         &["evaluate", "--help"],
         &["report", "--help"],

@@ -42,12 +42,14 @@ impl Cluster {
     /// `repa-dist slurm --submit` of the small model on three nodes; gives the number of the job.
     #[track_caller]
     fn submit(&self, run: &str, options: &[&str], more: &[&str]) -> String {
-        let mut arguments: Vec<String> =
-            ["slurm", "--nodes=3", "--cpus-per-task=1", "--interface=eth0", "--submit"]
-                .iter()
-                .chain(options)
-                .map(|&a| a.to_owned())
-                .collect();
+        let nodes = if options.contains(&"--nodes=1") { None } else { Some("--nodes=3") };
+        let mut arguments: Vec<String> = ["slurm", "--cpus-per-task=1", "--interface=eth0", "--submit"]
+            .iter()
+            .copied()
+            .chain(nodes)
+            .chain(options.iter().copied())
+            .map(str::to_owned)
+            .collect();
         arguments.extend(small_model(&self.run("store"), &self.run(run)));
         arguments.extend(more.iter().map(|&a| a.to_owned()));
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
@@ -129,7 +131,25 @@ impl Cluster {
         });
         // slurmd refuses a start in the second in which the last one ended.
         std::thread::sleep(Duration::from_millis(1200));
-        self.slurm.run(&["scontrol", "update", &format!("JobId={id}"), "StartTime=now"]).expect_code(0);
+        self.slurm
+            .run(&["scontrol", "update", &format!("JobId={id}"), "StartTime=now", "TimeLimit=60"])
+            .expect_code(0);
+    }
+
+    /// Hands in a short job that needs all nodes, in the higher partition.
+    #[track_caller]
+    fn preempt(&self) -> String {
+        let all =
+            ["--partition=high", "--nodes=3", "--ntasks-per-node=4", "--output=/dev/null", "--wrap=true"];
+        let printed = self.slurm.run(&[&["sbatch", "--parsable"], &all[..]].concat()).expect_code(0).stdout;
+        printed.trim().to_owned()
+    }
+
+    /// Ends the cluster: nothing of it is left, with its jobs.
+    #[track_caller]
+    fn end(self) {
+        let left = self.slurm.end();
+        assert!(left.is_empty(), "processes are left: {left:?}");
     }
 
     #[track_caller]
@@ -203,12 +223,13 @@ fn a_time_limit_costs_nothing() {
     // Meanwhile, a run that is not stopped.
     let whole = cluster.submit("whole", &[], &[&steps]);
     cluster.finish("whole", &whole, "COMPLETED");
+    jobs.iter().for_each(|(form, id)| cluster.release(form, id));
+    jobs.iter().for_each(|(form, id)| cluster.start_again(form, id));
     for (form, id) in &jobs {
-        cluster.release(form, id);
-        cluster.start_again(form, id);
         cluster.finish(form, id, "COMPLETED");
         cluster.went_on(form, id, "whole");
     }
+    cluster.end();
 }
 
 /// A job of a higher partition takes the nodes: the ranks save in the time that SLURM gives them.
@@ -221,29 +242,29 @@ fn preemption_costs_nothing() {
     for form in ["srun", "mpirun"] {
         let id = cluster.submit(form, &[&format!("--mpi={form}"), "--partition=low"], &[&steps]);
         cluster.hold(form, &id);
-        let all = [
-            "sbatch",
-            "--parsable",
-            "--partition=high",
-            "--nodes=3",
-            "--ntasks-per-node=4",
-            "--output=/dev/null",
-        ];
-        let wanted = cluster.slurm.run(&[&all[..], &["--wrap=true"]].concat()).expect_code(0).stdout;
+        let wanted = cluster.preempt();
         cluster.release_preempted(form, &id);
         cluster.start_again(form, &id);
         cluster.finish(form, &id, "COMPLETED");
         cluster.went_on(form, &id, "whole");
-        assert_eq!(cluster.slurm.field(wanted.trim(), "JobState"), "COMPLETED");
+        assert_eq!(cluster.slurm.field(&wanted, "JobState"), "COMPLETED");
     }
+    // On one node mpirun starts no step that SLURM could signal.
+    let options = ["--nodes=1", "--ranks-per-node=2", "--mpi=mpirun", "--partition=low"];
+    let id = cluster.submit("one", &options, &["train.steps=1000000"]);
+    let run = cluster.run("one");
+    cluster.until("it trains", "one", &id, || run.join("metrics.jsonl").exists() && log(&run).len() > 3);
+    cluster.preempt();
+    cluster.until("it is requeued", "one", &id, || cluster.slurm.field(&id, "Restarts") == "1");
+    let said = cluster.said("one", &id);
+    assert!(said.contains("stop asked for") && said.contains("stopped on request, saved"), "{said}");
+    cluster.end();
 }
 
-/// What a person asks for by the file STOP is not undone; wrong settings are not tried again; a lost rank is, so many
-/// times; and srun without PMIx is refused with what to do.
+/// Plain srun starts N jobs of one rank: each of them says so, and what to do.
 #[test]
-fn starts_again_only_where_that_can_help() {
+fn srun_without_pmix_is_refused() {
     let Some(cluster) = cluster() else { return };
-    // N jobs of one rank: each of them says so.
     let mut arguments = small_model(&cluster.run("store"), &cluster.run("alone"));
     arguments.insert(0, text(&binary()).to_owned());
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
@@ -252,7 +273,14 @@ fn starts_again_only_where_that_can_help() {
         .expect_code(4)
         .expect_error(&["srun started 3 tasks that cannot find each other", "srun --mpi=pmix"]);
     assert!(!cluster.run("alone").exists(), "it has begun to train");
+    cluster.end();
+}
 
+/// What a person asks for by the file STOP is not undone; wrong settings are not tried again; a lost rank is, so many
+/// times.
+#[test]
+fn starts_again_only_where_that_can_help() {
+    let Some(cluster) = cluster() else { return };
     let id = cluster.submit("data", &[], &["data.dir=/nowhere"]);
     cluster.finish("data", &id, "FAILED");
     assert_eq!(cluster.slurm.field(&id, "ExitCode"), "3:0", "{}", cluster.said("data", &id));
@@ -282,6 +310,7 @@ fn starts_again_only_where_that_can_help() {
     }
     cluster.finish("lost", &id, "FAILED");
     assert!(cluster.said("lost", &id).contains("given up"), "{}", cluster.said("lost", &id));
+    cluster.end();
 }
 
 /// Minutes of a time such as 0:42, 1:02:03 or 00:00:42, rounded down.
