@@ -12,6 +12,7 @@
 
 mod diff;
 mod folder;
+mod load;
 mod manifest;
 mod reader;
 pub mod reference;

@@ -35,7 +35,7 @@ pub(crate) struct Stretch {
 
 impl Stretch {
     /// The first byte in the shard that is not its.
-    fn end(&self) -> u64 {
+    pub(super) fn end(&self) -> u64 {
         self.offset + (self.len * size_of::<f32>()) as u64
     }
 }
@@ -144,16 +144,10 @@ impl Checkpoint {
 
     /// What is wrong with a shard, if anything; see [`Checkpoint::faults`].
     pub(crate) fn fault(&self, number: usize, read: &(dyn Fn(u64) + Sync)) -> Option<CheckpointError> {
-        let shard = &self.manifest.shards[number];
-        let path = self.dir().join(&shard.file);
-        let found = self.storage.open(self.step, &shard.file).and_then(|s| digest(s.as_ref(), read));
-        match found {
-            Err(source) => Some(CheckpointError::Read { path, source }),
-            Ok(found) if found == shard.xxh3 => None,
-            Ok(found) => {
-                let problem = format!("its digest is {found} where {} was written", shard.xxh3);
-                Some(CheckpointError::damaged(&path, problem))
-            }
+        match self.source(number).and_then(|s| digest(s.as_ref(), read)) {
+            Err(source) => Some(self.unreadable(number, source)),
+            Ok(found) if found == self.manifest.shards[number].xxh3 => None,
+            Ok(found) => Some(self.other_digest(number, &found)),
         }
     }
 
@@ -231,33 +225,33 @@ impl Checkpoint {
         stretches
     }
 
-    /// Reads stretches, in parallel. They are in the order of the output, and cover it. Neighbours in a shard are read
-    /// together, so that a place that takes its time for every read is asked for few.
+    /// Reads stretches, in parallel. They are in the order of the output, and cover it.
     fn fill(&self, stretches: &[Stretch], out: &mut [f32]) -> Result<(), CheckpointError> {
-        let path = |shard: usize| self.dir().join(&self.manifest.shards[shard].file);
-        let error = |shard: usize| move |source| CheckpointError::Read { path: path(shard), source };
-        let sources: Vec<Box<dyn Source>> = (0..self.manifest.shards.len())
-            .map(|n| self.storage.open(self.step, &self.manifest.shards[n].file).map_err(error(n)))
-            .collect::<Result<_, _>>()?;
-        let mut rest = out;
-        let mut work = Vec::with_capacity(stretches.len());
-        for stretch in stretches {
-            let (part, after) = rest.split_at_mut(stretch.len);
-            work.push((stretch, part));
-            rest = after;
-        }
+        let mut work = spread(stretches, out);
         work.sort_unstable_by_key(|(stretch, _)| (stretch.shard, stretch.offset));
-        let worth = sources.iter().map(|source| source.worth()).max().unwrap_or(0);
-        runs(work, worth as u64).into_par_iter().try_for_each(|mut run| {
+        work.chunk_by_mut(|a, b| a.0.shard == b.0.shard)
+            .par_bridge()
+            .try_for_each(|work| self.fill_from(work[0].0.shard, work))
+    }
+
+    /// Reads stretches of one shard, by ascending offset, in parallel. Neighbours are read together, so that a place
+    /// that takes its time for every read is asked for few.
+    pub(super) fn fill_from(
+        &self,
+        shard: usize,
+        work: &mut [(Stretch, &mut [f32])],
+    ) -> Result<(), CheckpointError> {
+        let error = |source| self.unreadable(shard, source);
+        let source = self.source(shard).map_err(error)?;
+        runs(work, source.worth() as u64).into_par_iter().try_for_each(|run| {
             let Some((first, _)) = run.first() else { return Ok(()) };
-            let (shard, begin) = (first.shard, first.offset);
-            if let [(_, part)] = &mut run[..] {
-                let part = bytemuck::cast_slice_mut(part);
-                return sources[shard].read_at(part, begin).map_err(error(shard));
+            let begin = first.offset;
+            if let [(_, part)] = run {
+                return source.read_at(bytemuck::cast_slice_mut(part), begin).map_err(error);
             }
             let end = run.last().map_or(begin, |(stretch, _)| stretch.end());
             let mut bytes = vec![0; (end - begin) as usize];
-            sources[shard].read_at(&mut bytes, begin).map_err(error(shard))?;
+            source.read_at(&mut bytes, begin).map_err(error)?;
             for (stretch, part) in run {
                 let from = (stretch.offset - begin) as usize;
                 let part: &mut [u8] = bytemuck::cast_slice_mut(part);
@@ -265,6 +259,23 @@ impl Checkpoint {
             }
             Ok(())
         })
+    }
+
+    /// A shard's file.
+    pub(super) fn source(&self, shard: usize) -> std::io::Result<Box<dyn Source>> {
+        self.storage.open(self.step, &self.manifest.shards[shard].file)
+    }
+
+    /// That a shard cannot be read.
+    pub(super) fn unreadable(&self, shard: usize, source: std::io::Error) -> CheckpointError {
+        CheckpointError::Read { path: self.dir().join(&self.manifest.shards[shard].file), source }
+    }
+
+    /// That a shard's digest is another than was written.
+    pub(super) fn other_digest(&self, shard: usize, found: &str) -> CheckpointError {
+        let shard = &self.manifest.shards[shard];
+        let problem = format!("its digest is {found} where {} was written", shard.xxh3);
+        CheckpointError::damaged(&self.dir().join(&shard.file), problem)
     }
 
     /// Some bytes of a shard.
@@ -277,11 +288,8 @@ impl Checkpoint {
         offset: u64,
         out: &mut [u8],
     ) -> Result<(), CheckpointError> {
-        let file = &self.manifest.shards[number].file;
-        self.storage
-            .open(self.step, file)
-            .and_then(|source| source.read_at(out, offset))
-            .map_err(|source| CheckpointError::Read { path: self.dir().join(file), source })
+        let read = self.source(number).and_then(|source| source.read_at(out, offset));
+        read.map_err(|source| self.unreadable(number, source))
     }
 
     /// The elements of one tensor of an array, frozen ones included; None where the checkpoint lacks it.
@@ -336,21 +344,34 @@ impl Checkpoint {
     }
 }
 
-/// Cuts work, in order of shards and offsets, into runs that are each read at once: of one shard, with no gap that is
-/// worth a read of its own, and not growing once they are `worth` bytes.
-fn runs<'a>(work: Vec<(&'a Stretch, &'a mut [f32])>, worth: u64) -> Vec<Vec<(&'a Stretch, &'a mut [f32])>> {
-    let mut runs: Vec<Vec<(&Stretch, &mut [f32])>> = Vec::new();
-    for (stretch, part) in work {
-        if let Some(run) = runs.last_mut()
-            && let (Some((first, _)), Some((last, _))) = (run.first(), run.last())
-            && last.shard == stretch.shard
-            && stretch.end() - first.offset <= worth
-            && stretch.offset.checked_sub(last.end()).is_some_and(|gap| gap <= worth / 16)
-        {
-            run.push((stretch, part));
-        } else {
-            runs.push(vec![(stretch, part)]);
-        }
+/// Gives each stretch its part of the output. They are in the order of the output, and cover it.
+pub(super) fn spread<'a>(stretches: &[Stretch], out: &'a mut [f32]) -> Vec<(Stretch, &'a mut [f32])> {
+    let mut rest = out;
+    let part = |stretch: &Stretch| {
+        let (part, after) = std::mem::take(&mut rest).split_at_mut(stretch.len);
+        rest = after;
+        (*stretch, part)
+    };
+    stretches.iter().map(part).collect()
+}
+
+/// Cuts stretches of one shard, by ascending offset, into runs that are each read at once: with no gap that is worth a
+/// read of its own, and not growing once they are `worth` bytes.
+fn runs<'a, 'b>(
+    mut work: &'a mut [(Stretch, &'b mut [f32])],
+    worth: u64,
+) -> Vec<&'a mut [(Stretch, &'b mut [f32])]> {
+    let mut runs = Vec::new();
+    while let Some((first, _)) = work.first() {
+        let begin = first.offset;
+        let joined = work.windows(2).take_while(|pair| {
+            let gap = pair[1].0.offset.checked_sub(pair[0].0.end());
+            pair[1].0.end() - begin <= worth && gap.is_some_and(|gap| gap <= worth / 16)
+        });
+        let length = 1 + joined.count();
+        let (run, after) = work.split_at_mut(length);
+        runs.push(run);
+        work = after;
     }
     runs
 }

@@ -14,7 +14,7 @@ use rustix::fs::{Advice, fadvise};
 use serde::Serialize;
 
 use super::bench::Stepper;
-use super::gather::{self, Wanted};
+use super::gather::{self, Search, Wanted};
 use super::placement::Placement;
 use super::saver::Saver;
 use super::{Owned, TrainError, agree, deadline};
@@ -150,10 +150,15 @@ fn measure(
         agree(comm, forgotten.map_err(TrainError::from))?;
         agree(comm, comm.barrier().map_err(TrainError::from))?;
         let begun = Instant::now();
-        let found = gather::find(&checkpoints, &placement, Wanted::Newest, &mut Vec::new(), comm)?;
-        if let Some(found) = &found {
-            black_box(gather::load(found, &placement, &stepper.layout, own.clone(), comm)?);
-        }
+        let search = Search {
+            checkpoints: &checkpoints,
+            placement: &placement,
+            wanted: Wanted::Newest,
+            layout: &stepper.layout,
+            owned: &own,
+            allowed: &|_| Ok(()),
+        };
+        black_box(gather::find(&search, &mut Vec::new(), comm)?);
         let read = begun.elapsed().as_secs_f64();
         turns.push(agree(comm, slowest(comm, [write, dd, read, plain, snapshot, memcpy]))?);
 

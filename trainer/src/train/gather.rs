@@ -1,7 +1,7 @@
 //! Finding the checkpoint that all ranks go on from, and reading it, wherever its shards lie.
 //!
-//! On a shared file system every rank reads what it needs. Where hosts have disks of their own, each shard is read on
-//! a host that has it, and broadcast.
+//! On a shared file system every rank reads what it needs, and digests are checked on the way: each shard's by a rank
+//! that reads all of it. Where hosts have disks of their own, each shard is read on a host that has it, and broadcast.
 
 use rayon::prelude::*;
 use repa_comm::{Communicator, RemoteError};
@@ -60,15 +60,27 @@ impl Wanted {
     }
 }
 
-/// The newest checkpoint of those that are wanted that is whole over all groups and whose digests hold. Damaged ones
-/// are passed over, and told in `said`; None where there is none at all. Called by all ranks.
+/// What a rank looks for, and what it needs of it.
+pub(super) struct Search<'a> {
+    pub(super) checkpoints: &'a Checkpoints,
+    pub(super) placement: &'a Placement,
+    pub(super) wanted: Wanted,
+    pub(super) layout: &'a Layout,
+    /// What this rank keeps of the optimizer's state.
+    pub(super) owned: &'a Owned,
+    /// Whether the run may go on from it.
+    pub(super) allowed: &'a dyn Fn(&Checkpoint) -> Result<(), TrainError>,
+}
+
+/// The newest checkpoint of those that are wanted that is whole over all groups and whose digests hold, and what this
+/// rank begins with. Damaged ones are passed over, and told in `said`; None where there is none at all. Called by all
+/// ranks.
 pub(super) fn find(
-    checkpoints: &Checkpoints,
-    placement: &Placement,
-    wanted: Wanted,
+    search: &Search,
     said: &mut Vec<String>,
     comm: &dyn Communicator,
-) -> Result<Option<Candidate>, RemoteError> {
+) -> Result<Option<(Checkpoint, State)>, RemoteError> {
+    let &Search { checkpoints, placement, wanted, .. } = search;
     let leads = placement.leader == comm.rank();
     let mine = if leads { look(checkpoints) } else { Ok(Vec::new()) };
     let mine = serde_json::to_vec(&agree(comm, mine.map_err(TrainError::from))?).expect("it serialises");
@@ -82,12 +94,20 @@ pub(super) fn find(
     steps.dedup();
     let mut problems = Vec::new();
     for &step in steps.iter().rev() {
-        match examine(checkpoints, placement, step, &all, comm)? {
-            Ok(found) if wanted.takes(&found.checkpoint) => {
-                said.extend(problems.iter().map(|p| format!("passed over a checkpoint: {p}")));
-                return Ok(Some(found));
+        let found = match examine(checkpoints, placement, step, &all, comm)? {
+            Ok(found) if wanted.takes(&found.checkpoint) => found,
+            Ok(_) => continue,
+            Err(problem) => {
+                problems.push(problem);
+                continue;
             }
-            Ok(_) => {}
+        };
+        agree(comm, (search.allowed)(&found.checkpoint))?;
+        match load(&found, search, comm)? {
+            Ok(state) => {
+                said.extend(problems.iter().map(|p| format!("passed over a checkpoint: {p}")));
+                return Ok(Some((found.checkpoint, state)));
+            }
             Err(problem) => problems.push(problem),
         }
     }
@@ -134,7 +154,7 @@ fn look(checkpoints: &Checkpoints) -> Result<Vec<Sight>, CheckpointError> {
     checkpoints.list()?.steps.into_iter().map(sight).collect()
 }
 
-/// Whether a step's checkpoint can be used, and if not, why. The same on all ranks.
+/// Whether a step's checkpoint is all there, and if not, why. Its digests are unread. The same on all ranks.
 fn examine(
     checkpoints: &Checkpoints,
     placement: &Placement,
@@ -163,32 +183,6 @@ fn examine(
         let problem = format!("the checkpoint {} lacks {missing} of {} shards", path.display(), first.of);
         return Ok(Err(problem));
     };
-    // The ranks of a group share the work of checking what its leader would read.
-    let place = placement.members.iter().position(|&rank| rank == comm.rank()).unwrap_or(0);
-    let mine = (0..owners.len())
-        .filter(|n| owners[*n] == placement.leader)
-        .skip(place)
-        .step_by(placement.members.len());
-    let mine: Vec<usize> = mine.collect();
-    let fault = if mine.is_empty() {
-        None
-    } else {
-        checkpoints.open_any(step).map_or_else(Some, |checkpoint| {
-            let faults = mine.into_par_iter().map(|n| checkpoint.fault(n, &|_| ()));
-            let faults: Vec<_> = faults.collect();
-            faults.into_iter().flatten().next()
-        })
-    };
-    let fault = match fault {
-        Some(error) if error.kind() != Kind::Data => Err(TrainError::from(error)),
-        fault => Ok(fault.map(|fault| fault.to_string())),
-    };
-    let fault = agree(comm, fault)?;
-    let gathered = comm.all_gather_bytes(fault.unwrap_or_default().as_bytes()).map_err(TrainError::from);
-    let faults = agree(comm, gathered)?;
-    if let Some(fault) = faults.iter().find(|fault| !fault.is_empty()) {
-        return Ok(Err(String::from_utf8_lossy(fault).into_owned()));
-    }
     let checkpoint = manifest(checkpoints, step, owners.first().copied(), placement, comm)?;
     Ok(Ok(Candidate { checkpoint, owners }))
 }
@@ -214,40 +208,69 @@ fn manifest(
     Ok(checkpoints.with_manifest(step, manifest))
 }
 
-/// What a rank begins with that keeps the optimizer's state of `owned`. Called by all ranks.
-pub(super) fn load(
+/// What this rank begins with, or what is wrong with the checkpoint. The same on all ranks.
+fn load(
     found: &Candidate,
-    placement: &Placement,
-    layout: &Layout,
-    owned: Owned,
+    search: &Search,
     comm: &dyn Communicator,
-) -> Result<State, RemoteError> {
-    if placement.node_local() {
-        gathered(found, layout, owned, comm)
-    } else {
-        agree(comm, read(&found.checkpoint, layout, owned).map_err(TrainError::from))
+) -> Result<Result<State, String>, RemoteError> {
+    let &Search { placement, layout, owned, .. } = search;
+    // The ranks of a group share the work of checking what its leader would read.
+    let place = placement.members.iter().position(|&rank| rank == comm.rank()).unwrap_or(0);
+    let mine = (0..found.owners.len()).filter(|n| found.owners[*n] == placement.leader);
+    let mine: Vec<usize> = mine.skip(place).step_by(placement.members.len()).collect();
+    let local = match placement.node_local() {
+        true => mine
+            .into_par_iter()
+            .try_for_each(|n| found.checkpoint.fault(n, &|_| ()).map_or(Ok(()), Err))
+            .map(|()| None),
+        false => read(&found.checkpoint, layout, owned, &mine).map(Some),
+    };
+    let local = match local {
+        Ok(state) => Ok((state, String::new())),
+        // One of another model is no damaged one, and one that cannot be reached now may be good.
+        Err(error) if error.kind() != Kind::Data || matches!(error, CheckpointError::Mismatch { .. }) => {
+            Err(error.into())
+        }
+        Err(error) => Ok((None, error.to_string())),
+    };
+    let (state, fault) = agree(comm, local)?;
+    let gathered = comm.all_gather_bytes(fault.as_bytes()).map_err(TrainError::from);
+    let faults = agree(comm, gathered)?;
+    if let Some(fault) = faults.iter().find(|fault| !fault.is_empty()) {
+        return Ok(Err(String::from_utf8_lossy(fault).into_owned()));
+    }
+    match state {
+        Some(state) => Ok(Ok(state)),
+        None => gathered_state(found, layout, owned, comm).map(Ok),
     }
 }
 
-/// Reads what a rank needs from a checkpoint that it sees all of.
-pub(super) fn read(checkpoint: &Checkpoint, layout: &Layout, owned: Owned) -> Result<State, CheckpointError> {
-    let params = checkpoint.read(layout, Array::Model)?;
-    let [ema, exp_avg, exp_avg_sq] = [
-        checkpoint.read_ranges(layout, Array::Ema, owned.ranges())?,
-        checkpoint.read_ranges(layout, Array::ExpAvg, owned.ranges())?,
-        checkpoint.read_ranges(layout, Array::ExpAvgSq, owned.ranges())?,
-    ];
-    Ok(State::resumed(checkpoint.progress(), owned, [params, ema, exp_avg, exp_avg_sq]))
+/// Reads what a rank needs from a checkpoint that it sees all of, and checks these shards.
+fn read(
+    checkpoint: &Checkpoint,
+    layout: &Layout,
+    owned: &Owned,
+    check: &[usize],
+) -> Result<State, CheckpointError> {
+    let whole = Owned::whole(layout.trainable_len());
+    let wanted = Array::ALL.map(|array| match array {
+        Array::Model => (array, whole.ranges()),
+        _ => (array, owned.ranges()),
+    });
+    let arrays = checkpoint.read_checked(layout, &wanted, check)?;
+    let arrays: [Vec<f32>; 4] = arrays.try_into().expect("one for each that was wanted");
+    Ok(State::resumed(checkpoint.progress(), owned.clone(), arrays))
 }
 
 /// Bytes that travel at a time.
 const AT_ONCE: usize = 16 << 20;
 
 /// Takes what a rank needs out of the shards as they are broadcast.
-fn gathered(
+fn gathered_state(
     found: &Candidate,
     layout: &Layout,
-    owned: Owned,
+    owned: &Owned,
     comm: &dyn Communicator,
 ) -> Result<State, RemoteError> {
     let Candidate { checkpoint, owners } = found;
@@ -289,7 +312,7 @@ fn gathered(
             }
         }
     }
-    Ok(State::resumed(checkpoint.progress(), owned, arrays))
+    Ok(State::resumed(checkpoint.progress(), owned.clone(), arrays))
 }
 
 #[cfg(test)]
@@ -362,7 +385,12 @@ mod tests {
 
     fn load_all(folder: &Path, job: Job) -> Vec<State> {
         let found = Checkpoints::at(folder).latest().unwrap().checkpoint.unwrap();
-        (0..job.0).map(|rank| read(&found, &sit().layout(), owned_by(rank, job)).unwrap()).collect()
+        let shards = found.manifest().shards.len();
+        let read = |rank| {
+            let mine: Vec<usize> = (rank..shards).step_by(job.0).collect();
+            read(&found, &sit().layout(), &owned_by(rank, job), &mine).unwrap()
+        };
+        (0..job.0).map(read).collect()
     }
 
     proptest! {

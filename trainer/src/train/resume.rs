@@ -5,7 +5,7 @@ use std::path::Path;
 use repa_comm::{Communicator, RemoteError};
 
 use super::folder::{RunFolder, checkpoints};
-use super::gather::{self, Candidate, Wanted};
+use super::gather::{self, Search, Wanted};
 use super::placement::Placement;
 use super::{Owned, State, StopRequest, TrainError, agree};
 use crate::checkpoint::storage::is_url;
@@ -79,39 +79,35 @@ pub(super) fn begin(
         Resume::Step(step) => Wanted::Branch(step),
         _ => Wanted::Newest,
     };
-    let mut found = gather::find(&own, &placement, wanted, &mut said, comm)?;
+    let same = |checkpoint: &Checkpoint| same_run(config, checkpoint);
+    let allowed = |checkpoint: &Checkpoint| match config.run.resume {
+        Resume::Never => Err(refuse(config, checkpoint)),
+        _ => same(checkpoint),
+    };
+    let search =
+        Search { checkpoints: &own, placement: &placement, wanted, layout, owned: &owned, allowed: &allowed };
+    let mut found = gather::find(&search, &mut said, comm)?;
     let durable = found.is_some();
-    if let Some(found) = &found
-        && config.run.resume == Resume::Never
-    {
-        return agree(comm, Err(refuse(config, found)));
-    }
-    let mut other = None;
     if let (None, Resume::Path(path)) = (&found, &config.run.resume) {
         let (theirs, wanted) = agree(comm, elsewhere(path))?;
         let placement = Placement::find(&theirs, comm)?;
-        found = gather::find(&theirs, &placement, wanted, &mut said, comm)?;
+        let search = Search { checkpoints: &theirs, placement: &placement, wanted, allowed: &same, ..search };
+        found = gather::find(&search, &mut said, comm)?;
         if found.is_none() {
             let problem = "it holds no checkpoint";
             let error = ConfigError::value("run.resume", path.display(), problem);
             return agree(comm, Err(error.into()));
         }
-        other = Some((theirs, placement));
     }
-    let branch = found.as_ref().and_then(|found| match wanted {
-        Wanted::Branch(step) if found.checkpoint.progress().step == step => Some(step),
-        _ => found.checkpoint.manifest().branch,
+    let branch = found.as_ref().and_then(|(checkpoint, _)| match wanted {
+        Wanted::Branch(step) if checkpoint.progress().step == step => Some(step),
+        _ => checkpoint.manifest().branch,
     });
-    let state = match &found {
-        Some(found) => {
-            agree(comm, same_run(config, &found.checkpoint))?;
-            let placement = other.as_ref().map_or(&placement, |(_, placement)| placement);
-            gather::load(found, placement, layout, owned, comm)?
-        }
+    let state = match found {
+        Some((_, state)) => state,
         None => agree(comm, fresh(config, layout, owned, &mut said))?,
     };
     // Nothing else writes there now.
-    let durable = durable && other.is_none();
     let tidied = if leads { tidy(config, &own, durable.then_some(state.step)) } else { Ok(Vec::new()) };
     said.extend(agree(comm, tidied.map_err(TrainError::from))?);
     let written = match &folder {
@@ -124,15 +120,7 @@ pub(super) fn begin(
         None => Ok(()),
     };
     agree(comm, written)?;
-    Ok(Beginning {
-        folder,
-        checkpoints: own,
-        placement,
-        state,
-        branch,
-        durable: durable && other.is_none(),
-        said,
-    })
+    Ok(Beginning { folder, checkpoints: own, placement, state, branch, durable, said })
 }
 
 /// Rank 0 takes the run folder.
@@ -146,12 +134,12 @@ fn claim(config: &Config, comm: &dyn Communicator, stop: &mut StopRequest) -> Re
     Ok(folder)
 }
 
-fn refuse(config: &Config, found: &Candidate) -> TrainError {
+fn refuse(config: &Config, found: &Checkpoint) -> TrainError {
     let problem = format!(
         "{} holds checkpoints up to step {}: set run.resume=auto to go on from there, or choose another folder with \
          run.dir=PATH",
         config.run.dir.display(),
-        found.checkpoint.progress().step
+        found.progress().step
     );
     ConfigError::value("run.resume", "never", problem).into()
 }

@@ -9,6 +9,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use rustix::fs::{Advice, fadvise};
+
 use super::{Listed, Sink, Source, Storage, name, step_of};
 
 const PARTIAL: &str = ".partial";
@@ -152,5 +154,10 @@ impl Source for LocalSource {
 
     fn read_at(&self, out: &mut [u8], offset: u64) -> io::Result<()> {
         self.file.read_exact_at(out, offset)
+    }
+
+    fn read_through(&self) {
+        // The kernel reads further ahead then; a file system that does not care loses nothing.
+        let _ = fadvise(&self.file, 0, None, Advice::Sequential);
     }
 }

@@ -113,6 +113,9 @@ pub trait Source: Send + Sync {
     /// The file ends before, or cannot be read.
     fn read_at(&self, out: &mut [u8], offset: u64) -> io::Result<()>;
 
+    /// Says that all of it will be read from its beginning to its end.
+    fn read_through(&self) {}
+
     /// Bytes that a read should ask for at least, where it can: with fewer, most of its time goes into the asking.
     fn worth(&self) -> usize {
         1 << 20
