@@ -3,12 +3,12 @@
 use std::net::{ToSocketAddrs, UdpSocket};
 use std::path::Path;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::error::LaunchError;
 
 /// A host that ranks run on.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Host {
     /// As mpirun and the agent know it.
     pub host: String,

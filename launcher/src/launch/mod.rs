@@ -34,6 +34,7 @@ pub use command::{Line, environment};
 pub use error::LaunchError;
 pub use hosts::Placement;
 pub use processes::reap;
+pub use record::{Attempts, Record};
 pub use signals::usual_stop;
 pub use supervisor::supervise;
 

@@ -4,13 +4,13 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::hosts::Host;
 use super::verdict::Why;
 
 /// The record of an attempt. What is not known yet, or never will be, is null.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Record {
     /// From 1 in a run folder.
     pub attempt: usize,
@@ -65,6 +65,15 @@ impl Attempts {
         let entries = fs::read_dir(self.run.join("attempts")).into_iter().flatten().flatten();
         let number = |name: &str| name.strip_prefix("attempt-")?.strip_suffix(".json")?.parse::<usize>().ok();
         entries.filter_map(|entry| number(entry.file_name().to_str()?)).max().unwrap_or(0) + 1
+    }
+
+    /// The records of a run, by ascending number; one that cannot be read is left out.
+    pub fn read(run: &Path) -> Vec<Record> {
+        let entries = fs::read_dir(run.join("attempts")).into_iter().flatten().flatten();
+        let read = |path: PathBuf| serde_json::from_slice::<Record>(&fs::read(path).ok()?).ok();
+        let mut records: Vec<Record> = entries.filter_map(|entry| read(entry.path())).collect();
+        records.sort_by_key(|record| record.attempt);
+        records
     }
 
     /// The folder of an attempt's log files, made where it is missing.

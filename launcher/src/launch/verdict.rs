@@ -7,14 +7,14 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 
 use repa_trainer::exit::{Kind, Outcome};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::hosts::Placement;
 use super::output::RankError;
 use super::watch::Stuck;
 
 /// Why an attempt ended, in a word.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Why {
     /// The run is complete.

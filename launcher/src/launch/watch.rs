@@ -9,37 +9,12 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use repa_trainer::checkpoint::Checkpoints;
 use repa_trainer::telemetry::record::log_path;
-use repa_trainer::train::status_path;
-use serde::Deserialize;
+use repa_trainer::train::{RankLine, Status};
 
 use super::processes::LocalRank;
 
 /// How often checkpoints are listed.
 const LISTING: Duration = Duration::from_millis(500);
-
-/// What rank 0 says of all ranks, in the run folder's `status.json`.
-#[derive(Debug, Clone, Deserialize)]
-pub struct Status {
-    time: f64,
-    #[serde(default)]
-    durable: Option<u64>,
-    #[serde(default)]
-    ranks: Vec<RankStatus>,
-}
-
-/// What it says of one.
-#[derive(Debug, Clone, Deserialize)]
-struct RankStatus {
-    rank: usize,
-    host: String,
-    #[serde(default)]
-    step: Option<u64>,
-    #[serde(default)]
-    phase: Option<String>,
-    #[serde(default)]
-    in_phase_seconds: Option<f64>,
-    state: String,
-}
 
 /// A rank that keeps the others waiting.
 #[derive(Debug, Clone, PartialEq)]
@@ -56,7 +31,7 @@ pub struct Stuck {
 #[derive(Debug)]
 pub struct Watch {
     log: PathBuf,
-    status_path: PathBuf,
+    run: PathBuf,
     checkpoints: Checkpoints,
     began: f64,
     /// The log of the attempt before: each attempt begins a new file.
@@ -88,7 +63,7 @@ impl Watch {
             log_before: identity(&log).map(|(id, _)| id),
             is_new: false,
             log,
-            status_path: status_path(run),
+            run: run.to_owned(),
             checkpoints: checkpoints.clone(),
             began: unix_time(),
             log_size: 0,
@@ -161,8 +136,7 @@ impl Watch {
     }
 
     fn read_status(&mut self) {
-        let text = std::fs::read_to_string(&self.status_path).ok();
-        let Some(status) = text.and_then(|text| serde_json::from_str::<Status>(&text).ok()) else { return };
+        let Some(status) = Status::read(&self.run) else { return };
         // One of the attempt before says nothing; clocks may differ a little between hosts.
         if status.time < self.began - 1.0 {
             return;
@@ -226,7 +200,7 @@ impl Watch {
             return Some(Stuck { rank: stopped.rank, host: host.to_owned(), text });
         }
         let ranks = &self.status.as_ref()?.ranks;
-        let tell = |rank: &RankStatus, text: String| Stuck { rank: rank.rank, host: rank.host.clone(), text };
+        let tell = |rank: &RankLine, text: String| Stuck { rank: rank.rank, host: rank.host.clone(), text };
         let gone = ["stopped", "ended", "no answer"];
         if let Some(rank) = ranks.iter().find(|rank| gone.contains(&rank.state.as_str())) {
             return Some(tell(rank, rank.state.clone()));

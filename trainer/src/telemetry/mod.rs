@@ -1,5 +1,6 @@
-//! What a run tells the world: Prometheus metrics, a progress bar, and the run's log.
+//! What a run tells the world: Prometheus metrics, a progress bar, the run's log and its events.
 
+pub mod events;
 pub mod exporter;
 mod host;
 pub mod names;

@@ -17,6 +17,7 @@ mod saver;
 mod session;
 mod snapshot;
 mod state;
+mod status;
 mod stop;
 mod update;
 mod watch;
@@ -34,12 +35,13 @@ pub use folder::{RunFolder, checkpoints, checkpoints_of, targets};
 pub use inputs::Inputs;
 pub use session::{device, use_threads};
 pub use state::{Owned, State};
+pub use status::{RankLine, Status, status_path};
 pub use stop::StopRequest;
-pub use watch::status_path;
 
 use crate::config::{Config, Loaded};
 use crate::exit::Outcome;
 use crate::ops::GradientSink;
+use crate::telemetry::events::EventKind;
 use crate::telemetry::record::{RankRecord, StepRecord};
 use crate::telemetry::set_step;
 use buckets::{Exchange, Gradients, Plan};
@@ -70,11 +72,12 @@ pub fn train(
             end_unless_agreed(session.save(config, comm.as_ref(), stop), comm.as_ref())?;
         }
         if asked.stop && !last {
+            session.note(EventKind::Stop, "asked to stop: saving");
             break Outcome::Stopped;
         }
     };
     end_unless_agreed(session.settle(comm.as_ref()), comm.as_ref())?;
-    agree(comm.as_ref(), session.close(config))?;
+    agree(comm.as_ref(), session.close(config, outcome))?;
     Ok(outcome)
 }
 
@@ -232,6 +235,8 @@ impl Session {
             self.skipped_in_a_row = 0;
             return Ok(());
         }
+        let text = "the gradient norm is not finite: the step is left out";
+        self.note(EventKind::Skipped, text);
         if self.skipped_in_a_row == 0 {
             let mine = if own_is_finite { comm.size() } else { comm.rank() };
             let mut lowest = [mine as i64];

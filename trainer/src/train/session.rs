@@ -19,8 +19,10 @@ use super::{Compute, State, StopRequest, TrainError};
 use crate::Device;
 use crate::config::{Config, ConfigError, Loaded};
 use crate::data::loader::LoaderPlan;
+use crate::exit::Outcome;
 use crate::optim::global_norm;
 use crate::params::Layout;
+use crate::telemetry::events::{EventKind, Events, events_path};
 use crate::telemetry::exporter::{self, Identity};
 use crate::telemetry::names;
 use crate::telemetry::progress::Progress;
@@ -54,6 +56,7 @@ pub(super) struct Lead {
     /// Held for its lock.
     _folder: RunFolder,
     log: RunLog,
+    events: Events,
     progress: Progress,
     watch: Watch,
 }
@@ -94,12 +97,10 @@ impl Session {
         };
         let lead = folder
             .map(|folder| {
+                let io = |path| move |source| TrainError::Folder { path, problem: "write to", source };
                 let path = log_path(&config.run.dir);
-                let log = RunLog::open(&path, state.step).map_err(|source| TrainError::Folder {
-                    path,
-                    problem: "write to",
-                    source,
-                })?;
+                let log = RunLog::open(&path, state.step).map_err(io(path))?;
+                let events = Events::open(&config.run.dir).map_err(io(events_path(&config.run.dir)))?;
                 let progress = Progress::new(config.telemetry.progress, state.step, config.train.steps);
                 let limit = config.train.step_timeout_seconds;
                 let setting = watch::Setting {
@@ -107,13 +108,14 @@ impl Session {
                     checkpoints: checkpoints.local_folder().map(Path::to_owned),
                     steps: config.train.steps,
                     limit: (limit > 0.0).then(|| Duration::from_secs_f64(limit.min(super::LONGEST))),
+                    events: events.clone(),
                 };
                 let watch = Watch::start(board.clone(), setting)
                     .map_err(|e| TrainError::Setup { what: "the watching thread", problem: e.to_string() })?;
                 if durable {
                     watch.durable(state.step);
                 }
-                Ok::<_, TrainError>(Lead { _folder: folder, log, progress, watch })
+                Ok::<_, TrainError>(Lead { _folder: folder, log, events, progress, watch })
             })
             .transpose()?;
         let mut saver = Saver::new(config, checkpoints, &layout, placement, &state, branch, comm)?;
@@ -153,15 +155,17 @@ impl Session {
         let topology = comm.topology();
         let plural = |n: usize, what: &str| if n == 1 { format!("1 {what}") } else { format!("{n} {what}s") };
         let say = |text: String| lead.progress.line(&text);
-        say(format!(
-            "repa-dist {}: {millions:.2} M parameters, {} on {} ({}), {} each, {}",
-            env!("CARGO_PKG_VERSION"),
+        let ranks = format!(
+            "{} on {} ({}), {} each, {}",
             plural(topology.size, "rank"),
             plural(topology.nodes, "host"),
             comm.describe(),
             plural(rayon::current_num_threads(), "thread"),
             config.device.0,
-        ));
+        );
+        say(format!("repa-dist {}: {millions:.2} M parameters, {ranks}", env!("CARGO_PKG_VERSION")));
+        let from = if self.state.step == 0 { "from the beginning" } else { "from a checkpoint" };
+        self.note(EventKind::Start, &format!("{from}: {ranks}"));
         if let Some(first) = addresses.first() {
             say(format!("metrics: http://{first}/metrics (rank 0); all ranks in {}", targets.display()));
         }
@@ -227,14 +231,32 @@ impl Session {
     /// Says what has become of a save, on rank 0.
     pub(super) fn say(&self, event: &Event) {
         match (&self.lead, event) {
-            (Some(lead), Event::Failed(failure)) => lead.progress.line(failure),
-            (Some(lead), Event::Durable(step)) => lead.watch.durable(*step),
+            (Some(lead), Event::Failed(failure)) => {
+                lead.progress.line(failure);
+                self.note(EventKind::SaveFailed, failure);
+            }
+            (Some(lead), Event::Durable(step)) => {
+                lead.watch.durable(*step);
+                self.note(EventKind::Durable, &format!("the checkpoint of step {step} is durable"));
+            }
             (None, _) => {}
         }
     }
 
+    /// Adds to the run's events, on rank 0.
+    pub(super) fn note(&self, kind: EventKind, text: &str) {
+        if let Some(lead) = &self.lead {
+            lead.events.tell(kind, self.state.step, text);
+        }
+    }
+
     /// Ends the rank's part: empties the target file and lets go of the folder.
-    pub(super) fn close(self, config: &Config) -> Result<(), TrainError> {
+    pub(super) fn close(self, config: &Config, outcome: Outcome) -> Result<(), TrainError> {
+        let text = match outcome {
+            Outcome::Done => "all steps are done",
+            Outcome::Stopped => "stopped on request, with a durable checkpoint",
+        };
+        self.note(EventKind::End, text);
         let Some(lead) = self.lead else { return Ok(()) };
         lead.targets(config, &[])?;
         lead.progress.finish();

@@ -1,19 +1,20 @@
 //! Rank 0's look at all ranks while they train: a file that says what each does, a word about ranks that are slower than
 //! the others, and the end of a run in which nothing moves.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use metrics::gauge;
 use repa_comm::Board;
-use repa_comm::board::{Phase, Process, Progress, RankState, RankStatus, describe_late};
-use serde::Serialize;
+use repa_comm::board::{Phase, Process, Progress, RankStatus, describe_late};
 
+use super::status::Status;
 use crate::exit::Kind;
+use crate::telemetry::events::{EventKind, Events};
 use crate::telemetry::names;
 
 /// Time between looks.
@@ -31,64 +32,6 @@ const SLOWER_BY: Duration = Duration::from_millis(10);
 /// ... at so many looks in a row is told.
 const PERSISTENT: u32 = 10;
 
-/// Where a run says what its ranks do.
-pub fn status_path(run: &Path) -> PathBuf {
-    run.join("status.json")
-}
-
-/// What [`status_path`] holds. Times are in seconds.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-struct Status {
-    /// When it was written, since 1970.
-    time: f64,
-    /// `training`, or `ended` once the run has come to its end in good order.
-    state: &'static str,
-    /// The step that goes on.
-    step: u64,
-    /// Steps of the whole run.
-    steps: u64,
-    /// The newest durable checkpoint.
-    durable: Option<u64>,
-    ranks: Vec<Rank>,
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize)]
-struct Rank {
-    rank: usize,
-    host: String,
-    /// `running`, `stopped`, `ended`, `no answer` or `not shared`.
-    state: &'static str,
-    pid: Option<u32>,
-    step: Option<u64>,
-    phase: Option<String>,
-    in_phase_seconds: Option<f64>,
-    /// Own work of the last step, without waiting for other ranks.
-    step_seconds: Option<f64>,
-}
-
-impl Rank {
-    fn new(status: &RankStatus) -> Self {
-        let progress = status.progress();
-        let state = match &status.state {
-            RankState::Known(Progress { process: Process::Running, .. }) => "running",
-            RankState::Known(Progress { process: Process::Stopped, .. }) => "stopped",
-            RankState::Known(Progress { process: Process::Ended, .. }) => "ended",
-            RankState::NoAnswer => "no answer",
-            RankState::NotShared => "not shared",
-        };
-        Self {
-            rank: status.rank,
-            host: status.host.clone(),
-            state,
-            pid: progress.map(|p| p.pid),
-            step: progress.and_then(|p| p.step),
-            phase: progress.map(|p| p.phase.to_string()),
-            in_phase_seconds: progress.map(|p| p.in_phase.as_secs_f64()),
-            step_seconds: progress.and_then(|p| p.step_time).map(|t| t.as_secs_f64()),
-        }
-    }
-}
-
 /// What to watch for.
 #[derive(Debug, Clone)]
 pub(super) struct Setting {
@@ -100,6 +43,8 @@ pub(super) struct Setting {
     pub(super) steps: u64,
     /// Longest time without a new step; None for any.
     pub(super) limit: Option<Duration>,
+    /// Where stragglers are told.
+    pub(super) events: Events,
 }
 
 /// The watching thread. It ends with the value.
@@ -125,9 +70,12 @@ impl Watch {
                 let snapshot = board.snapshot(READING);
                 disks(&setting);
                 let known = shared.load(Ordering::Relaxed);
-                write(&setting, &snapshot, "training", (known != NONE).then_some(known));
+                let durable = (known != NONE).then_some(known);
+                Status::new(&snapshot, "training", setting.steps, durable).write(&setting.run);
                 for slow in stragglers.look(&snapshot) {
                     tracing::warn!("{slow}");
+                    let step = snapshot.iter().filter_map(|s| s.progress()?.step).max().unwrap_or(0);
+                    setting.events.tell(EventKind::Straggler, step, &slow);
                 }
                 if let Some(waited) = patience.look(&snapshot, Instant::now()) {
                     end(&snapshot, waited);
@@ -138,7 +86,8 @@ impl Watch {
                 }
             }
             let known = shared.load(Ordering::Relaxed);
-            write(&setting, &board.snapshot(READING), "ended", (known != NONE).then_some(known));
+            let durable = (known != NONE).then_some(known);
+            Status::new(&board.snapshot(READING), "ended", setting.steps, durable).write(&setting.run);
         })?;
         Ok(Self { stop: Some(stop), thread: Some(thread), durable })
     }
@@ -166,26 +115,6 @@ fn disks(setting: &Setting) {
         if let Some(there) = there {
             gauge!(names::DISK_FREE_BYTES, "folder" => name).set((there.f_bavail * there.f_frsize) as f64);
         }
-    }
-}
-
-/// Replaces the file; readers see the old one or the new one. Training does not depend on it, so a full disk is no
-/// error.
-fn write(setting: &Setting, snapshot: &[RankStatus], state: &'static str, durable: Option<u64>) {
-    let status = Status {
-        time: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |t| t.as_secs_f64()),
-        state,
-        step: snapshot.iter().filter_map(|s| s.progress()?.step).max().unwrap_or(0),
-        steps: setting.steps,
-        durable,
-        ranks: snapshot.iter().map(Rank::new).collect(),
-    };
-    let path = status_path(&setting.run);
-    let part = path.with_extension("json.part");
-    let text = serde_json::to_vec(&status).expect("a status serialises");
-    let replaced = std::fs::write(&part, text).and_then(|()| std::fs::rename(&part, &path));
-    if let Err(error) = replaced {
-        tracing::debug!("cannot write {}: {error}", path.display());
     }
 }
 
@@ -287,6 +216,8 @@ impl Stragglers {
 
 #[cfg(test)]
 mod tests {
+    use repa_comm::board::RankState;
+
     use super::*;
 
     fn status(rank: usize, step: Option<u64>, phase: Phase, milliseconds: u64) -> RankStatus {
