@@ -3,8 +3,9 @@ DistributedDataParallel with gloo, in turns.
 
     python3 tests/comparisons/weak_scaling.py [--turns 3] [--steps 6] [--batch 8] [--check]
 
-Scaling is the time of a step of two independent processes that run at the same time over the time of a step of two
-ranks that train together: so what the two lose by sharing memory and caches does not count as communication. The
+Scaling is the time of a step by which both ranks train models of their own at the same time, over the time of the next
+one, by which they train one together: so what the two lose by sharing memory and caches does not count as
+communication, and other work on the machine meets both. A turn's figure is the median over its pairs of steps. The
 PyTorch side is a transformer of SiT-S/2's width, depth and tokens with adaptive normalisation, trained by AdamW; it
 stands for DDP's communication, not for the reference's speed. Needs what data_loading.py needs, mpirun, and a release
 build of repa-dist. Exit codes: 0 measured, 1 measured but below what --check asks, 2 could not measure.
@@ -29,8 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MPIRUN = ["mpirun", "--allow-run-as-root"]
 
 
-def torch_worker(rank: int, ranks: int, steps: int, batch: int, port: int, out: str) -> None:
-    """Seconds of a step: the median over the steps."""
+def torch_worker(rank: int, steps: int, batch: int, port: int, out: str) -> None:
+    """Seconds of each step, of a model of this rank's own and of one that both train, in turns."""
     import torch
     import torch.distributed as dist
     from torch import nn
@@ -66,65 +67,54 @@ def torch_worker(rank: int, ranks: int, steps: int, batch: int, port: int, out: 
                 x = block(x, c)
             return self.last(x)
 
-    model = Model()
-    if ranks > 1:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        dist.init_process_group("gloo", rank=rank, world_size=ranks)
-        model = nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    models = {"alone": Model(), "together": nn.parallel.DistributedDataParallel(Model())}
+    optimizers = {name: torch.optim.AdamW(model.parameters(), lr=1e-4) for name, model in models.items()}
     x, c = torch.randn(batch, tokens, width), torch.randn(batch, width)
-    times = []
+    times = {name: [] for name in models}
     for _ in range(steps + 2):
-        if ranks > 1:
+        for name, model in models.items():
             dist.barrier()
-        begin = time.perf_counter()
-        optimizer.zero_grad()
-        model(x, c).square().mean().backward()
-        optimizer.step()
-        times.append(time.perf_counter() - begin)
-    Path(f"{out}-{rank}").write_text(str(statistics.median(times[2:])))
-    if ranks > 1:
-        dist.destroy_process_group()
+            begin = time.perf_counter()
+            optimizers[name].zero_grad()
+            model(x, c).square().mean().backward()
+            optimizers[name].step()
+            times[name].append(time.perf_counter() - begin)
+    Path(f"{out}-{rank}").write_text(json.dumps({name: seconds[2:] for name, seconds in times.items()}))
+    dist.destroy_process_group()
 
 
-def torch_seconds(together: bool, steps: int, batch: int, port: int) -> float:
+def torch_scaling(steps: int, batch: int, port: int) -> float:
     import tempfile
 
     import torch.multiprocessing as processes
 
     with tempfile.TemporaryDirectory() as folder:
         context = processes.get_context("spawn")
-        # Apart, each is rank 0 of a world of one.
-        places = [(rank, 2, f"{folder}/r") if together else (0, 1, f"{folder}/{rank}") for rank in range(2)]
         workers = [
-            context.Process(target=torch_worker, args=(rank, ranks, steps, batch, port, out))
-            for rank, ranks, out in places
+            context.Process(target=torch_worker, args=(rank, steps, batch, port, f"{folder}/r")) for rank in range(2)
         ]
-        for worker in workers:
+        for rank, worker in enumerate(workers):
             worker.start()
+            os.sched_setaffinity(worker.pid, {rank % (os.cpu_count() or 1)})
         for worker in workers:
             worker.join(900)
             if worker.exitcode != 0:
                 fail(f"a PyTorch process exited with {worker.exitcode}")
-        return max(float(path.read_text()) for path in Path(folder).iterdir())
+        ranks = [json.loads(path.read_text()) for path in Path(folder).iterdir()]
+    slowest = {name: [max(pair) for pair in zip(*(rank[name] for rank in ranks))] for name in ranks[0]}
+    return statistics.median(alone / together for alone, together in zip(slowest["alone"], slowest["together"]))
 
 
-def own_seconds(binary: Path, together: bool, steps: int, batch: int) -> float:
+def own_scaling(binary: Path, steps: int, batch: int) -> float:
     config = ["-c", str(ROOT / "configs/sit-s2-repa.toml"), "train.threads=1", "train.precision=f32"]
-    bench = [str(binary), "bench", "step", "--json", "--steps", str(steps), *config]
-    if together:
-        command = [*MPIRUN, "--bind-to", "core", "-n", "2", *bench, f"train.global_batch={2 * batch}"]
-        commands = [command]
-    else:
-        commands = [["taskset", "-c", str(core), *bench, f"train.global_batch={batch}"] for core in range(2)]
-    runs = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
-    seconds = []
-    for command, run in zip(commands, runs):
-        out, err = run.communicate(timeout=900)
-        if run.returncode != 0:
-            fail(f"{' '.join(command)} exited with {run.returncode}:\n{err}")
-        seconds.append(json.loads(out)["step_seconds"])
-    return max(seconds)
+    bench = [str(binary), "bench", "step", "--alone", "--json", "--steps", str(steps), *config]
+    command = [*MPIRUN, "--bind-to", "core", "-n", "2", *bench, f"train.global_batch={2 * batch}"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    if run.returncode != 0:
+        fail(f"{' '.join(command)} exited with {run.returncode}:\n{run.stderr}")
+    return json.loads(run.stdout)["alone"]["scaling"]
 
 
 def main() -> int:
@@ -142,12 +132,8 @@ def main() -> int:
 
     ratios: dict[str, list[float]] = {"repa-dist": [], "PyTorch DDP, gloo": []}
     for turn in range(arguments.turns):
-        alone = own_seconds(arguments.binary, False, arguments.steps, arguments.batch)
-        together = own_seconds(arguments.binary, True, arguments.steps, arguments.batch)
-        ratios["repa-dist"].append(alone / together)
-        alone = torch_seconds(False, arguments.steps, arguments.batch, 29700)
-        together = torch_seconds(True, arguments.steps, arguments.batch, 29700 + turn + 1)
-        ratios["PyTorch DDP, gloo"].append(alone / together)
+        ratios["repa-dist"].append(own_scaling(arguments.binary, arguments.steps, arguments.batch))
+        ratios["PyTorch DDP, gloo"].append(torch_scaling(arguments.steps, arguments.batch, 29700 + turn))
         note(f"turn {turn + 1}/{arguments.turns}: " + ", ".join(f"{n} {100 * r[-1]:.1f} %" for n, r in ratios.items()))
     print("| weak scaling, 1 to 2 ranks | turns | median |")
     print("|---|---|---:|")

@@ -68,6 +68,9 @@ enum Command {
         /// Steps that are timed
         #[arg(long, default_value_t = 10)]
         steps: usize,
+        /// Take turns with steps by which each rank trains by itself, and tell the weak scaling
+        #[arg(long)]
+        alone: bool,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -157,7 +160,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
             }
             all_reduce(&start, *backend, *against_mpi, *max_mib, *seconds, *json)
         }
-        Command::Step { settings, steps, json } => step(settings, *steps, *json),
+        Command::Step { settings, steps, alone, json } => step(settings, *steps, *alone, *json),
         Command::Checkpoint { settings, dir, turns, steps, json } => {
             let options = CheckpointBenchOptions { dir: dir.clone(), turns: *turns, steps: *steps };
             checkpoint(settings, &options, *json)
@@ -237,7 +240,7 @@ fn data(arguments: &DataArguments) -> Result<Outcome, Failure> {
     Ok(Outcome::Done)
 }
 
-fn step(settings: &Settings, steps: usize, json: bool) -> Result<Outcome, Failure> {
+fn step(settings: &Settings, steps: usize, alone: bool, json: bool) -> Result<Outcome, Failure> {
     if steps == 0 {
         return Err(Failure::usage("--steps must be above 0"));
     }
@@ -246,7 +249,7 @@ fn step(settings: &Settings, steps: usize, json: bool) -> Result<Outcome, Failur
     let loaded = all_or_first_error(mpi.as_ref(), settings.load().map_err(|e| e.of_rank()))
         .unwrap_or_else(|e| end_with(mpi.as_ref(), &e));
     let comm = communicator(&loaded.config, mpi.clone()).unwrap_or_else(|e| end_with(mpi.as_ref(), &e));
-    let figures = step_bench::run(&loaded.config, &comm, steps)
+    let figures = step_bench::run(&loaded.config, &comm, steps, alone)
         .unwrap_or_else(|e| repa_comm::abort(i32::from(e.kind().code()), &e.to_string()));
     if comm.rank() == 0 && json {
         println!("{:#}", serde_json::to_value(&figures).map_err(Failure::runtime)?);
@@ -263,6 +266,10 @@ fn step(settings: &Settings, steps: usize, json: bool) -> Result<Outcome, Failur
         milliseconds("  forward and backward", figures.compute_seconds);
         milliseconds("  exposed communication", figures.exposed_communication_seconds);
         milliseconds("  clip, AdamW, EMA", figures.optimizer_seconds);
+        if let Some(alone) = &figures.alone {
+            milliseconds("step of ranks alone", alone.step_seconds);
+            println!("{:<24} {:10.1} %", "weak scaling", 100.0 * alone.scaling);
+        }
         println!("{:<24} {:>13}", "peak memory of a rank", super::size(figures.peak_memory_bytes));
     }
     comm.finalize().map_err(Failure::runtime)?;

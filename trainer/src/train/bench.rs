@@ -44,32 +44,57 @@ pub struct StepBench {
     pub optimizer_seconds: f64,
     /// Samples a second, over all ranks.
     pub images_per_second: f64,
+    /// Against steps of ranks that train by themselves, where that was asked for.
+    pub alone: Option<Alone>,
     /// Largest resident memory of a rank so far, in bytes, of the rank that has most; 0 where the system does
     /// not say. The first step that is timed has reached it.
     pub peak_memory_bytes: u64,
 }
 
-/// Times `steps` steps of a configuration, on all ranks.
+/// Steps of ranks that train by themselves on as many samples each, all at the same time, so that what they share of a
+/// machine besides the network is shared in both. They take turns with the steps together.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Alone {
+    /// Seconds of a step, of the slowest rank.
+    pub step_seconds: f64,
+    /// Weak scaling: that time over the time of the step together that came after it; the median over the steps.
+    pub scaling: f64,
+}
+
+/// Times `steps` steps of a configuration, on all ranks; in turns with as many by which each rank trains by itself, if
+/// `alone`.
 ///
 /// # Errors
 /// The device cannot be used, or the ranks cannot talk.
-pub fn run(config: &Config, comm: &Arc<dyn Communicator>, steps: usize) -> Result<StepBench, TrainError> {
+pub fn run(
+    config: &Config,
+    comm: &Arc<dyn Communicator>,
+    steps: usize,
+    alone: bool,
+) -> Result<StepBench, TrainError> {
     let mut stepper = Stepper::new(config, comm)?;
-    let mut times: [Vec<f64>; 4] = Default::default();
-    for step in 0..WARM_UP + steps {
+    let mut single = if alone { Some(Single::of(config, comm.as_ref())?) } else { None };
+    let (mut times, mut alone): ([Vec<f64>; 4], Vec<f64>) = Default::default();
+    for _ in 0..WARM_UP + steps {
+        if let Some(single) = &mut single {
+            comm.barrier()?;
+            alone.push(single.step()?);
+        }
         comm.barrier()?;
         let (parts, _) = stepper.step(config, comm, saver::Word::default())?;
-        if step >= WARM_UP {
-            for (list, time) in times.iter_mut().zip(parts) {
-                list.push(time.as_secs_f64());
-            }
+        for (list, time) in times.iter_mut().zip(parts) {
+            list.push(time.as_secs_f64());
         }
     }
-    let mut medians = times.map(|mut list| {
-        list.sort_by(f64::total_cmp);
-        list[list.len() / 2]
-    });
+    let mut medians = times.each_ref().map(|list| median(list[WARM_UP..].to_vec()));
     comm.all_reduce_f64(&mut medians, ReduceOp::Max)?;
+    let mut together = std::mem::take(&mut times[0]);
+    comm.all_reduce_f64(&mut together, ReduceOp::Max)?;
+    comm.all_reduce_f64(&mut alone, ReduceOp::Max)?;
+    let alone = single.map(|_| {
+        let ratios = alone.iter().zip(&together).skip(WARM_UP).map(|(alone, together)| alone / together);
+        Alone { scaling: median(ratios.collect()), step_seconds: median(alone[WARM_UP..].to_vec()) }
+    });
     let mut peak = [peak_memory().and_then(|bytes| i64::try_from(bytes).ok()).unwrap_or(0)];
     comm.all_reduce_i64(&mut peak, ReduceOp::Max)?;
     let [step_seconds, compute_seconds, exposed, optimizer_seconds] = medians;
@@ -83,8 +108,40 @@ pub fn run(config: &Config, comm: &Arc<dyn Communicator>, steps: usize) -> Resul
         exposed_communication_seconds: exposed,
         optimizer_seconds,
         images_per_second: config.train.global_batch as f64 / step_seconds,
+        alone,
         peak_memory_bytes: peak[0].unsigned_abs(),
     })
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// A run of one rank, beside the one of all.
+struct Single {
+    config: Config,
+    comm: Arc<dyn Communicator>,
+    stepper: Stepper,
+}
+
+impl Single {
+    /// With this rank's share of the batch, and its threads.
+    fn of(config: &Config, comm: &dyn Communicator) -> Result<Self, TrainError> {
+        let mut config = config.clone();
+        let samples = rank_samples(0, config.train.global_batch, comm.rank(), comm.size());
+        config.train.global_batch = ((samples.end - samples.start) as usize).max(1);
+        config.train.threads = rayon::current_num_threads();
+        let comm: Arc<dyn Communicator> = Arc::new(repa_comm::Single::new());
+        let stepper = Stepper::new(&config, &comm)?;
+        Ok(Self { config, comm, stepper })
+    }
+
+    /// Seconds of a step.
+    fn step(&mut self) -> Result<f64, TrainError> {
+        let (parts, _) = self.stepper.step(&self.config, &self.comm, saver::Word::default())?;
+        Ok(parts[0].as_secs_f64())
+    }
 }
 
 /// What it takes to train on random data.
@@ -204,7 +261,6 @@ fn batch(config: &Config, index: &Index, comm: &dyn Communicator) -> Batch {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use repa_comm::Single;
 
     #[test]
     fn steps_are_timed_and_the_parts_make_the_whole() {
@@ -218,8 +274,11 @@ mod tests {
         config.alignment.z_dims = vec![12];
         config.train.global_batch = 4;
         config.train.threads = 1;
-        let comm: Arc<dyn Communicator> = Arc::new(Single::new());
-        let figures = run(&config, &comm, 5).unwrap();
+        let comm: Arc<dyn Communicator> = Arc::new(repa_comm::Single::new());
+        let figures = run(&config, &comm, 5, true).unwrap();
+        let alone = figures.alone.as_ref().unwrap();
+        assert!(alone.step_seconds > 0.0 && (0.2..5.0).contains(&alone.scaling), "{alone:?}");
+        assert_eq!(run(&config, &comm, 1, false).unwrap().alone, None);
         let parts =
             figures.compute_seconds + figures.exposed_communication_seconds + figures.optimizer_seconds;
         // Medians of parts do not add up to the median of the whole, but nearly.
