@@ -34,20 +34,30 @@ const COLOURS: [(RGBColor, RGBColor); 4] = [
 /// Values over the steps of a run.
 #[derive(Debug, Clone, Copy)]
 pub struct Series<'a> {
-    /// What they are.
+    /// What they are, or whose.
     pub name: &'a str,
     /// (step, value), by ascending step. Values that are not finite are left out.
     pub points: &'a [(u64, f64)],
 }
 
+/// One plot: a quantity of one run, or of several.
+#[derive(Debug, Clone, Copy)]
+pub struct Panel<'a> {
+    /// What is plotted.
+    pub name: &'a str,
+    /// One a run.
+    pub series: &'a [Series<'a>],
+}
+
 type Area<'a> = DrawingArea<BitMapBackend<'a>, Shift>;
 
-/// A picture of 1200 x 700 pixels with one panel a series, side by side: the value of each step in a
-/// pale colour and, from 50 steps on, its mean over a window of a 25th of them in a strong one.
+/// A picture of 1200 x 700 pixels with the panels side by side. A panel of one series shows the value of each step in a
+/// pale colour and, from 50 steps on, its mean over a window of a 25th of them in a strong one; a panel of several shows
+/// their means, each in a colour of its own.
 ///
 /// # Errors
 /// [`FigureError::Draw`] where the drawing library fails.
-pub fn loss_curves(title: &str, series: &[Series]) -> Result<Image, FigureError> {
+pub fn loss_curves(title: &str, panels: &[Panel]) -> Result<Image, FigureError> {
     let (width, height) = (SIZE.0 * SCALE, SIZE.1 * SCALE);
     let mut buffer = vec![0; (width * height * 3) as usize];
     {
@@ -56,9 +66,9 @@ pub fn loss_curves(title: &str, series: &[Series]) -> Result<Image, FigureError>
         let (header, body) = root.split_vertically(px(62));
         write(&header, title, (28, 38), 28.0, &INK, HPos::Left)?;
         let body = body.margin(0, px(16), px(8), px(8));
-        let panels = body.split_evenly((1, series.len().max(1)));
-        for (number, (panel, series)) in panels.iter().zip(series).enumerate() {
-            draw_panel(panel, series, COLOURS[number % COLOURS.len()])?;
+        let areas = body.split_evenly((1, panels.len().max(1)));
+        for (number, (area, panel)) in areas.iter().zip(panels).enumerate() {
+            draw_panel(area, panel, COLOURS[number % COLOURS.len()])?;
         }
         root.present().map_err(failed)?;
     }
@@ -85,41 +95,82 @@ fn write(
     area.draw(&Text::new(line.to_owned(), at, style)).map_err(failed)
 }
 
-fn draw_panel(
-    panel: &Area,
-    series: &Series,
-    (strong, pale): (RGBColor, RGBColor),
-) -> Result<(), FigureError> {
-    let points: Vec<(f64, f64)> = series
-        .points
-        .iter()
-        .filter(|(_, value)| value.is_finite())
-        .map(|&(step, value)| (step as f64, value))
-        .collect();
-    let window = (points.len() / 25) | 1;
-    let mean = if window > 1 { moving_mean(&points, window) } else { Vec::new() };
-    let (low, high) = value_range(&points);
-    let (first, last) = match (points.first(), points.last()) {
-        // From 0 where that costs no room.
-        (Some(first), Some(last)) if first.0 <= 0.05 * last.0 => (0.0, last.0),
-        (Some(first), Some(last)) if last.0 > first.0 => (first.0, last.0),
-        (Some(only), _) => (only.0, only.0 + 1.0),
-        _ => (0.0, 1.0),
-    };
+/// A series ready to be drawn.
+struct Curve<'a> {
+    name: &'a str,
+    raw: Vec<(f64, f64)>,
+    /// Over this many steps each; empty where there are too few.
+    mean: Vec<(f64, f64)>,
+    window: usize,
+}
 
+impl<'a> Curve<'a> {
+    fn new(series: &Series<'a>) -> Self {
+        let raw: Vec<(f64, f64)> = series
+            .points
+            .iter()
+            .filter(|(_, value)| value.is_finite())
+            .map(|&(step, value)| (step as f64, value))
+            .collect();
+        let window = (raw.len() / 25) | 1;
+        let mean = if window > 1 { moving_mean(&raw, window) } else { Vec::new() };
+        Self { name: series.name, raw, mean, window }
+    }
+
+    /// What stands for the series where there is room for one line.
+    fn smooth(&self) -> &[(f64, f64)] {
+        if self.mean.is_empty() { &self.raw } else { &self.mean }
+    }
+}
+
+/// The steps that an axis has to show.
+fn step_range(curves: &[Curve]) -> (f64, f64) {
+    let first = curves.iter().filter_map(|c| c.raw.first()).map(|p| p.0).min_by(f64::total_cmp);
+    let last = curves.iter().filter_map(|c| c.raw.last()).map(|p| p.0).max_by(f64::total_cmp);
+    match (first, last) {
+        // From 0 where that costs no room.
+        (Some(first), Some(last)) if first <= 0.05 * last => (0.0, last),
+        (Some(first), Some(last)) if last > first => (first, last),
+        (Some(only), _) => (only, only + 1.0),
+        _ => (0.0, 1.0),
+    }
+}
+
+fn draw_panel(panel: &Area, what: &Panel, (strong, pale): (RGBColor, RGBColor)) -> Result<(), FigureError> {
+    let curves: Vec<Curve> = what.series.iter().map(Curve::new).collect();
+    let alone = curves.len() == 1;
+    let all: Vec<(f64, f64)> =
+        curves.iter().flat_map(|c| if alone { &c.raw } else { c.smooth() }).copied().collect();
+    let (low, high) = value_range(&all);
+    let (first, last) = step_range(&curves);
     let decimals = tick_decimals(high - low);
+    let colour = |number: usize| if alone { strong } else { COLOURS[number % COLOURS.len()].0 };
 
     let (header, plot) = panel.split_vertically(px(64));
     let right = (header.dim_in_pixel().0 / SCALE) as i32 - 14;
-    write(&header, series.name, (20, 18), 20.0, &INK, HPos::Left)?;
-    if let Some(end) = mean.last().or(points.last()) {
-        let latest = format!("{} at step {}", value_text(end.1, decimals + 2), whole_text(last));
-        write(&header, &latest, (right, 18), 17.0, &strong, HPos::Right)?;
-    }
-    if mean.is_empty() {
-        legend(&header, right, &[("each step", strong)])?;
-    } else {
-        legend(&header, right, &[("each step", pale), (&format!("mean over {window} steps"), strong)])?;
+    write(&header, what.name, (20, 18), 20.0, &INK, HPos::Left)?;
+    match &curves[..] {
+        [curve] => {
+            if let Some(end) = curve.smooth().last() {
+                let latest = format!("{} at step {}", value_text(end.1, decimals + 2), whole_text(last));
+                write(&header, &latest, (right, 18), 17.0, &strong, HPos::Right)?;
+            }
+            let mean = format!("mean over {} steps", curve.window);
+            match curve.mean.is_empty() {
+                true => legend(&header, right, &[("each step", strong)])?,
+                false => legend(&header, right, &[("each step", pale), (&mean, strong)])?,
+            }
+        }
+        _ => {
+            let text = |c: &Curve| match c.smooth().last() {
+                Some(end) => format!("{} {}", c.name, value_text(end.1, decimals + 2)),
+                None => c.name.to_owned(),
+            };
+            let names: Vec<String> = curves.iter().map(text).collect();
+            let entries: Vec<(&str, RGBColor)> =
+                names.iter().enumerate().map(|(number, name)| (name.as_str(), colour(number))).collect();
+            legend(&header, right, &entries)?;
+        }
     }
 
     let mut chart = ChartBuilder::on(&plot)
@@ -146,15 +197,17 @@ fn draw_panel(
         .x_desc("step")
         .draw()
         .map_err(failed)?;
-    let clamped = |points: Vec<(f64, f64)>| -> Vec<(f64, f64)> {
-        points.into_iter().map(|(x, y)| (x, y.clamp(low, high))).collect()
+    let clamped = |points: &[(f64, f64)]| -> Vec<(f64, f64)> {
+        thinned(points).into_iter().map(|(x, y)| (x, y.clamp(low, high))).collect()
     };
-    let lines = if mean.is_empty() {
-        vec![(clamped(thinned(&points)), strong.stroke_width(2 * SCALE))]
-    } else {
-        let (raw, mean) = (clamped(thinned(&points)), clamped(thinned(&mean)));
-        vec![(raw, pale.stroke_width(SCALE)), (mean, strong.stroke_width(2 * SCALE + 1))]
-    };
+    let mut lines = Vec::new();
+    for (number, curve) in curves.iter().enumerate() {
+        if alone && !curve.mean.is_empty() {
+            lines.push((clamped(&curve.raw), pale.stroke_width(SCALE)));
+        }
+        let width = if curve.mean.is_empty() { 2 * SCALE } else { 2 * SCALE + 1 };
+        lines.push((clamped(curve.smooth()), colour(number).stroke_width(width)));
+    }
     for (line, style) in lines {
         // Pieces, with round joints: the library's own polylines overlap themselves on sharp turns.
         let pieces = line.windows(2).map(|ends| PathElement::new(ends.to_vec(), style));
@@ -234,7 +287,13 @@ fn tick_decimals(span: f64) -> usize {
 }
 
 fn value_text(value: f64, decimals: usize) -> String {
-    format!("{value:.decimals$}")
+    let text = format!("{value:.decimals$}");
+    // No sign before a zero.
+    if text.trim_start_matches('-').bytes().all(|b| matches!(b, b'0' | b'.')) {
+        text.trim_start_matches('-').to_owned()
+    } else {
+        text
+    }
 }
 
 /// A whole number with its thousands apart.
@@ -267,9 +326,13 @@ mod tests {
     #[test]
     fn each_series_is_drawn_in_its_colours() {
         let points = decay(400);
-        let one = Series { name: "denoising loss", points: &points };
-        let two = Series { name: "alignment loss", points: &points[..30] };
-        let image = loss_curves("Losses", &[one, two]).expect("a picture");
+        let one = Series { name: "a run", points: &points };
+        let two = Series { name: "a run", points: &points[..30] };
+        let panels = [
+            Panel { name: "denoising loss", series: &[one] },
+            Panel { name: "alignment loss", series: &[two] },
+        ];
+        let image = loss_curves("Losses", &panels).expect("a picture");
         assert_eq!((image.width, image.height), (1200, 700));
         assert!(pixels_of(&image, COLOURS[0].0) > 300, "a mean");
         assert!(pixels_of(&image, COLOURS[0].1) > 300, "raw values");
@@ -279,12 +342,29 @@ mod tests {
     }
 
     #[test]
+    fn several_runs_share_a_panel_in_colours_of_their_own() {
+        let (long, short) = (decay(400), decay(200));
+        let higher: Vec<(u64, f64)> = long.iter().map(|&(step, value)| (step, value + 0.7)).collect();
+        let runs = [&long, &higher, &short].map(|points| Series { name: "run", points });
+        let image = loss_curves("", &[Panel { name: "loss", series: &runs }]).expect("a picture");
+        for (strong, pale) in COLOURS[..3].iter().map(|&(a, b)| (pixels_of(&image, a), pixels_of(&image, b)))
+        {
+            // The edges of a line blend into a pale colour, too.
+            assert!(strong > 300 && pale < strong / 2, "{strong} strong pixels, {pale} pale ones");
+        }
+        assert_eq!(pixels_of(&image, COLOURS[3].0), 0);
+    }
+
+    #[test]
     fn odd_series_are_drawn_too() {
         let spike: Vec<(u64, f64)> = vec![(1, f64::NAN), (2, 3.0), (3, f64::INFINITY)];
         let flat: Vec<(u64, f64)> = (0..100).map(|s| (s, 2.0)).collect();
         for points in [&[][..], &spike, &flat] {
-            loss_curves("", &[Series { name: "x", points }]).expect("a picture");
+            let series = Series { name: "x", points };
+            loss_curves("", &[Panel { name: "x", series: &[series] }]).expect("a picture");
+            loss_curves("", &[Panel { name: "x", series: &[series, series] }]).expect("a picture");
         }
+        loss_curves("no series", &[Panel { name: "x", series: &[] }]).expect("a picture");
         loss_curves("nothing", &[]).expect("a picture");
     }
 
@@ -314,6 +394,6 @@ mod tests {
     fn numbers_read_well() {
         assert_eq!([0.0, 999.0, 1000.0, 1234567.0].map(whole_text), ["0", "999", "1,000", "1,234,567"]);
         assert_eq!([0.1, 0.8, 1.6, 500.0].map(tick_decimals), [2, 1, 1, 0]);
-        assert_eq!(value_text(-0.8125, 2), "-0.81");
+        assert_eq!([-0.8125, -1e-9].map(|x| value_text(x, 2)), ["-0.81", "0.00"]);
     }
 }
