@@ -6,7 +6,10 @@ mod cli;
 mod exit;
 mod launch;
 mod log;
+mod report;
+mod run;
 mod slurm;
+mod watch;
 
 use clap::Parser;
 

@@ -113,6 +113,7 @@ fn help_and_version_read_well() {
         &["sample", "--help"],
         &["evaluate", "--help"],
         &["report", "--help"],
+        &["watch", "--help"],
         &["config", "--help"],
         &["--version"],
     ] {

@@ -13,6 +13,7 @@ mod report;
 mod sample;
 mod slurm;
 mod train;
+mod watch;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -54,7 +55,9 @@ enum Command {
     Evaluate(evaluate::Arguments),
     /// List, verify, export and import checkpoints
     Checkpoint(checkpoint::Arguments),
-    /// Draw a run's loss curves and say where everything of it is
+    /// Show a run at a terminal while it goes on: curves, ranks, what happened
+    Watch(watch::Arguments),
+    /// Write one HTML page about a run, or several side by side, and say where everything of it is
     Report(report::Arguments),
     /// Write Grafana dashboards, Prometheus rules and alerts to a folder
     Dashboards(dashboards::Arguments),
@@ -110,6 +113,7 @@ pub fn run(arguments: Arguments) -> Result<Outcome, Failure> {
         Some(Command::Dashboards(arguments)) => dashboards::run(&arguments),
         Some(Command::Bench(arguments)) => bench::run(&arguments),
         Some(Command::Estimate(arguments)) => estimate::run(&arguments),
+        Some(Command::Watch(arguments)) => watch::run(&arguments),
         Some(Command::Report(arguments)) => report::run(&arguments),
         Some(Command::Config(arguments)) => config::run(&arguments),
     }
