@@ -114,6 +114,7 @@ fn help_and_version_read_well() {
         &["evaluate", "--help"],
         &["report", "--help"],
         &["config", "--help"],
+        &["doctor", "--help"],
         &["--version"],
     ] {
         let ended = Running::start(&mut repa_dist(arguments)).wait(DEADLINE).expect_code(0);

@@ -273,7 +273,27 @@ fn srun_without_pmix_is_refused() {
         .expect_code(4)
         .expect_error(&["srun started 3 tasks that cannot find each other", "srun --mpi=pmix"]);
     assert!(!cluster.run("alone").exists(), "it has begun to train");
+    doctor_knows(&cluster);
     cluster.end();
+}
+
+/// `doctor` on the login node, as ranks, and as the tasks of a plain srun.
+fn doctor_knows(cluster: &Cluster) {
+    let mut arguments = vec![text(&binary()).to_owned(), "doctor".into(), "--quick".into()];
+    arguments.extend(small_model(&cluster.run("store"), &cluster.run("examined")));
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let says = |before: &[&str], code: i32, parts: &[&str]| {
+        let said = cluster.slurm.run(&[before, &arguments[..]].concat()).expect_code(code).stdout;
+        for part in parts {
+            assert_eq!(said.matches(part).count(), 1, "{part:?} in\n{said}");
+        }
+    };
+    says(&[], 0, &["partitions low (3 nodes, 3 idle), high (3 nodes, 3 idle)", "srun --mpi=pmix (srun has"]);
+    let ranks =
+        ["3 ranks on 3 hosts, started by a PMIx launcher", "on 3 nodes (n[1-3]), 3 tasks", "time left"];
+    says(&["srun", "--mpi=pmix", "-N3", "-n3", "--time=5"], 0, &ranks);
+    let alone = ["error    SLURM", "srun started 3 tasks that cannot find each other (no PMIx)"];
+    says(&["srun", "--mpi=none", "-N3", "-n3"], 4, &alone);
 }
 
 /// What a person asks for by the file STOP is not undone; wrong settings are not tried again; a lost rank is, so many

@@ -1,6 +1,6 @@
 //! `repa-dist doctor`.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -125,10 +125,14 @@ fn conclude(
         config.run.dir.display()
     );
     let page = Page { about, hosts, ranks: subject.ranks, lines };
-    if arguments.json {
-        println!("{:#}", page.json().map_err(Failure::runtime)?);
-    } else {
-        print!("{}", page.text(width(), colourful()));
+    let text = match arguments.json {
+        true => format!("{:#}\n", page.json().map_err(Failure::runtime)?),
+        false => page.text(width(), colourful()),
+    };
+    match std::io::stdout().write_all(text.as_bytes()) {
+        // A pager, or `head`, has seen enough.
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => return Err(Failure::runtime(error)),
+        _ => {}
     }
     match page.count(State::Error) {
         0 => Ok(Outcome::Done),
@@ -214,5 +218,7 @@ fn width() -> usize {
 fn colourful() -> bool {
     let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     let dumb = std::env::var_os("TERM").is_none_or(|term| term == "dumb");
-    std::io::stdout().is_terminal() && !plain && !dumb
+    // mpirun gives ranks a terminal of their own, wherever its output goes.
+    let direct = Launcher::detect() == Launcher::Bare;
+    direct && std::io::stdout().is_terminal() && !plain && !dumb
 }

@@ -36,7 +36,10 @@ fn files(limit: Rlimit, shards: u64, ranks: u64) -> Line {
     // Shards stay open; MPI and the status board have sockets to other ranks.
     let needed = shards + 4 * ranks + 256;
     let most = limit.maximum.unwrap_or(u64::MAX);
-    let found = format!("{} (up to {} on demand)", count(limit.current), count(limit.maximum));
+    let mut found = count(limit.current);
+    if limit.current != limit.maximum {
+        found.push_str(&format!(", and up to {} on demand", count(limit.maximum)));
+    }
     let fix = "raise it: LimitNOFILE= of the service, `nofile` in /etc/security/limits.conf, or the container's --ulimit";
     match most {
         most if most < needed => {
@@ -129,7 +132,7 @@ mod tests {
     #[test]
     fn few_open_files_are_told() {
         assert_eq!(files(limit(Some(1024), Some(1 << 20)), 10, 2).state, State::Ok);
-        assert_eq!(files(limit(Some(1024), None), 10, 2).found, "1024 (up to unlimited on demand)");
+        assert_eq!(files(limit(Some(1024), None), 10, 2).found, "1024, and up to unlimited on demand");
         assert_eq!(files(limit(Some(1024), Some(1024)), 10, 2).state, State::Warning);
         let line = files(limit(Some(1024), Some(1024)), 2000, 2);
         assert!(line.state == State::Error && line.found.contains("2000 shards"), "{line:?}");

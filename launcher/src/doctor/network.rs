@@ -109,11 +109,17 @@ fn judge_interfaces(
     };
     let outside: Vec<&(String, IpAddr)> =
         addresses.iter().filter(|(_, address)| !address.is_loopback() && !link_local(address)).collect();
-    let mut parts: Vec<String> = Vec::new();
-    for (name, address) in &outside {
+    let mut names: Vec<&str> = outside.iter().map(|(name, _)| name.as_str()).collect();
+    // The kernel lists all addresses of one family before those of the other.
+    names.sort_by_key(|name| outside.iter().position(|(known, _)| known == name));
+    names.dedup();
+    let describe = |name: &&str| {
+        let of_it = outside.iter().filter(|(known, _)| known == name);
+        let addresses: Vec<String> = of_it.map(|(_, address)| address.to_string()).collect();
         let rate = speed(name).map(|mbit| format!(" ({} Gbit/s)", mbit as f64 / 1e3)).unwrap_or_default();
-        parts.push(format!("{name} {address}{rate}"));
-    }
+        format!("{name} {}{rate}", addresses.join(" "))
+    };
+    let mut parts: Vec<String> = names.iter().map(describe).collect();
     if !fabric.is_empty() {
         parts.push(format!("InfiniBand or RoCE {}", fabric.join(", ")));
     }
@@ -124,8 +130,6 @@ fn judge_interfaces(
             false => Line::ok(INTERFACES, format!("{found}: enough for one host")),
         };
     }
-    let mut names: Vec<&str> = outside.iter().map(|(name, _)| name.as_str()).collect();
-    names.dedup();
     let found = parts.join(", ");
     if several && names.len() > 1 && std::env::var_os("OMPI_MCA_btl_tcp_if_include").is_none() {
         let fix = format!(

@@ -49,9 +49,10 @@ fn judge(total: u64, free: u64, subject: &Subject) -> Line {
     let own = Options::default().shared_memory_bytes() as u64 + OPENMPI;
     let needed = if subject.here > 1 { here * own } else { 0 };
     let wanted = if subject.on_gpus() && subject.here > 1 { needed + here * NCCL } else { needed };
-    let ranks = plural(subject.here, "rank");
-    let found =
-        format!("{FOLDER}: {} of {} free; {ranks} share some {}", size(free), size(total), size(wanted));
+    let mut found = format!("{FOLDER}: {} of {} free", size(free), size(total));
+    if wanted > 0 {
+        found.push_str(&format!("; {} share some {}", plural(subject.here, "rank"), size(wanted)));
+    }
     let fix = "make it larger: `mount -o remount,size=16G /dev/shm`; docker: --shm-size=16g or --ipc=host; \
                Kubernetes: an emptyDir of medium Memory";
     match free {

@@ -211,7 +211,8 @@ fn store(path: &Path, measured: &mut Measured) -> Line {
         Ok(store) => store,
         // Most likely it is yet to be made, on this host or another.
         Err(StoreError::Missing { .. }) => {
-            let fix = "make it: `repa-dist data quickstart`, `data encode` or `data import`; or set data.dir";
+            let fix =
+                "`repa-dist data quickstart`, `data encode` or `data import` makes one; or set data.dir";
             return Line::warning(DATA, format!("no data set at {} yet", path.display()), fix);
         }
         Err(error) => {
