@@ -112,7 +112,7 @@ fn a_host_that_is_well_has_a_page_without_errors() {
         "summed 4 MiB in",
         "run (not there yet) on",
         "a checkpoint:",
-        "12 samples in 1 shards",
+        "12 samples in 1 shard, ",
         "2 ranks will take some",
         "/dev/shm: ",
         "127.0.0.1:",

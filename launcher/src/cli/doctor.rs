@@ -12,7 +12,7 @@ use repa_trainer::config::Config;
 
 use super::Settings;
 use crate::doctor::{
-    Line, Page, StartWatch, State, Subject, broken, examine, examine_mpi, gather, gpus, probe,
+    Line, Page, StartWatch, State, Subject, broken, examine, examine_mpi, gather, gpus, names, probe,
 };
 use crate::exit::{Failure, Outcome};
 use crate::launch::this_host;
@@ -114,7 +114,7 @@ fn conclude(
     let config = &subject.config;
     let on = match &hosts[..] {
         [one] => one.clone(),
-        several => format!("{} hosts ({}, ...)", several.len(), several[0]),
+        several => format!("{} (figures are those of {})", names(several), several[0]),
     };
     let about = format!(
         "repa-dist {} on {on}: {} rank{}, device={}, run.dir={}",

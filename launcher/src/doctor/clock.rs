@@ -3,10 +3,11 @@
 use super::Line;
 use super::subject::Subject;
 
-const TOPIC: &str = "clock";
+/// The topic of a host's clock.
+pub const TOPIC: &str = "clock";
 
 /// Hosts whose clocks differ by more than this are told of.
-pub const APART_SECONDS: f64 = 0.5;
+const APART_SECONDS: f64 = 0.5;
 
 const FIX: &str =
     "run a time service (Debian: `apt-get install chrony`); of a virtual machine or container, on its host";
@@ -32,7 +33,7 @@ fn kernel() -> Result<Kernel, std::io::Error> {
     if unsafe { libc::adjtimex(&mut state) } < 0 {
         return Err(std::io::Error::last_os_error());
     }
-    Ok(Kernel { kept: state.status & libc::STA_UNSYNC == 0, most: state.maxerror.into() })
+    Ok(Kernel { kept: state.status & libc::STA_UNSYNC == 0, most: state.maxerror })
 }
 
 fn judge(kernel: Result<&Kernel, &std::io::Error>) -> Line {

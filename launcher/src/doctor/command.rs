@@ -33,20 +33,28 @@ impl Ended {
         self.code == Some(0)
     }
 
-    /// What it says of its failure: its first words that are no ornament.
+    /// What it says of its failure: its first sentence that is no ornament.
     pub fn complaint(&self) -> String {
         if self.late {
             return format!("no answer within {:.0} s", self.took.as_secs_f64());
         }
-        let words = |line: &&str| line.chars().filter(|c| c.is_alphanumeric()).count() > 2;
-        let said: Vec<&str> =
-            self.stderr.lines().chain(self.stdout.lines()).map(str::trim).filter(words).take(2).collect();
-        match (said.is_empty(), self.code) {
-            (false, _) => said.join(" "),
-            (true, Some(code)) => format!("exit code {code}"),
-            (true, None) => "it was killed".to_owned(),
+        match (first_sentence(&self.stderr).or_else(|| first_sentence(&self.stdout)), self.code) {
+            (Some(said), _) => said,
+            (None, Some(code)) => format!("exit code {code}"),
+            (None, None) => "it was killed".to_owned(),
         }
     }
+}
+
+/// The first sentence of a text, or its first paragraph, between rules and empty lines.
+fn first_sentence(text: &str) -> Option<String> {
+    const LONGEST: usize = 240;
+    let is_said = |line: &&str| line.chars().filter(|c| c.is_alphanumeric()).count() > 2;
+    let lines = text.lines().map(str::trim).skip_while(|line| !is_said(line)).take_while(is_said);
+    let paragraph = lines.collect::<Vec<_>>().join(" ");
+    let sentence = paragraph.split_once(". ").map_or(paragraph.as_str(), |(first, _)| first);
+    let short: String = sentence.trim_end_matches('.').chars().take(LONGEST).collect();
+    (!short.is_empty()).then_some(short)
 }
 
 /// Where a program of the path lies.
@@ -130,6 +138,11 @@ mod tests {
         assert!(good.is_good() && good.stdout == "out\n" && good.stderr == "err\n", "{good:?}");
         let bad = shell("echo -------- >&2; echo '  no such thing ' >&2; exit 3", ANSWER).expect("started");
         assert!(!bad.is_good() && bad.complaint() == "no such thing", "{bad:?}");
+        let wordy = shell(
+            "printf -- '---\\nNo room in\\n/dev/x.y (it is full). Then\\nmore.\\n\\nEnd\\n'; exit 1",
+            ANSWER,
+        );
+        assert_eq!(wordy.expect("started").complaint(), "No room in /dev/x.y (it is full)");
         assert_eq!(shell("exit 3", ANSWER).expect("started").complaint(), "exit code 3");
         let late = shell("sleep 60 & sleep 60", Duration::from_millis(100)).expect("started");
         assert!(

@@ -47,7 +47,9 @@ pub fn gather(
     lines.extend(merge(&hosts));
     if topology.nodes > 1 {
         let named = firsts.iter().map(|&rank| (topology.hosts[rank].clone(), offsets[rank]));
-        lines.extend(clock::judge_offsets(&named.collect::<Vec<_>>()));
+        let after =
+            lines.iter().rposition(|line| line.topic == clock::TOPIC).map_or(lines.len(), |at| at + 1);
+        lines.splice(after..after, clock::judge_offsets(&named.collect::<Vec<_>>()));
     }
     Ok(lines)
 }

@@ -25,7 +25,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-pub use gather::gather;
+pub use gather::{gather, names};
 pub use gpu::count as gpus;
 pub use mpi::broken;
 pub use page::Page;

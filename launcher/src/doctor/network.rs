@@ -226,8 +226,8 @@ mod tests {
         let bridge = ("docker0".to_owned(), address("172.17.0.1"));
         let speed = |name: &str| (name == "eth0").then_some(100_000);
         let judge = |all: &[(String, IpAddr)], several| judge_interfaces(all, &speed, &[], several);
-        assert_eq!(judge(&[lo.clone()], false).state, State::Ok);
-        assert_eq!(judge(&[lo.clone()], true).state, State::Warning);
+        assert_eq!(judge(std::slice::from_ref(&lo), false).state, State::Ok);
+        assert_eq!(judge(std::slice::from_ref(&lo), true).state, State::Warning);
         assert_eq!(judge(&[lo.clone(), eth.clone()], true).found, "eth0 10.0.0.2 (100 Gbit/s)");
         let two = judge(&[lo, eth, bridge], true);
         assert!(two.state == State::Warning && two.fix.is_some_and(|fix| fix.contains("if_include=eth0")));

@@ -13,7 +13,7 @@ use repa_trainer::train::checkpoints;
 
 use super::Line;
 use super::disk::{Place, Speed, measure, measure_read, try_writing};
-use super::subject::{Subject, size};
+use super::subject::{Subject, plural, size};
 
 const RUN: &str = "run folder";
 const CHECKPOINTS: &str = "checkpoints";
@@ -181,6 +181,7 @@ fn rate(bytes: f64) -> String {
 
 fn seconds(time: f64) -> String {
     match time {
+        t if t < 0.1 => "under 0.1 s".into(),
         t if t < 10.0 => format!("{t:.1} s"),
         t if t < 120.0 => format!("{t:.0} s"),
         t => format!("{:.0} min", t / 60.0),
@@ -224,7 +225,7 @@ fn store(path: &Path, measured: &mut Measured) -> Line {
     let shards = &store.index().shards;
     if let Some(largest) = shards.iter().max_by_key(|shard| shard.bytes) {
         let bytes: u64 = shards.iter().map(|shard| shard.bytes).sum();
-        found.push_str(&format!(" in {} shards, {}", shards.len(), size(bytes)));
+        found.push_str(&format!(" in {}, {}", plural(shards.len(), "shard"), size(bytes)));
         match measure_read(&path.join(&largest.file), measured.bytes) {
             // Small ones come from the system's cache.
             Ok(Some(speed)) if bytes > measured.bytes => found.push_str(&format!(", reads {}", rate(speed))),
@@ -344,6 +345,6 @@ mod tests {
     #[test]
     fn figures_have_units() {
         assert_eq!([rate(5e6), rate(512e6), rate(2.2e9)], ["5.0 MB/s", "512 MB/s", "2.2 GB/s"]);
-        assert_eq!([seconds(1.23), seconds(61.0), seconds(600.0)], ["1.2 s", "61 s", "10 min"]);
+        assert_eq!([0.01, 1.23, 61.0, 600.0].map(seconds), ["under 0.1 s", "1.2 s", "61 s", "10 min"]);
     }
 }
