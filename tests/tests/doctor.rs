@@ -203,12 +203,77 @@ fn ports_that_are_taken_are_told() {
 }
 
 #[test]
+fn limits_that_are_set_are_told() {
+    let place = Place::new();
+    let limited = |limits: &str| {
+        let doctor = place.command(&[]);
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("{limits} && exec \"$@\""), "sh"]);
+        command.arg(doctor.get_program()).args(doctor.get_args());
+        command
+    };
+    // In blocks of 512 bytes: less than half of a checkpoint.
+    is_told(&mut limited("ulimit -f 400"), "error", "file size", "limited to 200 KiB");
+    is_told(&mut limited("ulimit -n 200"), "error", "open files", "a rank needs some");
+    is_told(&mut limited("ulimit -n 1000"), "warning", "open files", "1000");
+}
+
+#[test]
 fn a_gpu_that_is_not_there_is_told() {
-    if Path::new("/proc/driver/nvidia/version").exists() {
+    if Path::new("/proc/driver/nvidia").exists() {
         eprintln!("skipped: there is a GPU here");
         return;
     }
     Place::new().fails(&["device=cuda:0"], "GPU", "device=cuda:0, and there is no NVIDIA GPU");
+}
+
+/// NVIDIA's management library, as far as it is asked: two GPUs, of which the second is at work.
+const DRIVER: &str = r#"
+#include <string.h>
+struct memory { unsigned version; unsigned long long total, reserved, free, used; };
+int nvmlInit_v2(void) { return 0; }
+int nvmlShutdown(void) { return 0; }
+int nvmlDeviceGetCount_v2(unsigned *count) { *count = 2; return 0; }
+int nvmlSystemGetDriverVersion(char *text, unsigned length) { strncpy(text, "550.54.15", length); return 0; }
+int nvmlSystemGetCudaDriverVersion_v2(int *version) { *version = 12040; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) { *device = (void *)(index + 1L); return 0; }
+int nvmlDeviceGetName(void *device, char *text, unsigned length) { strncpy(text, "Stand-in", length); return 0; }
+int nvmlDeviceGetMemoryInfo_v2(void *device, struct memory *m) {
+    m->total = 80ULL << 30; m->used = 3ULL << 30; m->free = 77ULL << 30; return 0;
+}
+int nvmlDeviceGetComputeRunningProcesses_v3(void *device, unsigned *count, char *processes) {
+    if (device == (void *)1) { *count = 0; return 0; }
+    if (!processes) { *count = 1; return 7; }
+    memset(processes, 0, 24); *count = 1; return 0;
+}
+"#;
+
+#[test]
+fn gpus_of_a_pretended_driver_are_told() {
+    let place = Place::new();
+    let (source, folder) = (place.path("driver.c"), place.path("lib"));
+    fs::write(&source, DRIVER).expect("written");
+    fs::create_dir(&folder).expect("made");
+    let mut compile = Command::new("cc");
+    compile.args(["-shared", "-fPIC", "-o"]).arg(folder.join("libnvidia-ml.so.1")).arg(&source);
+    run_in(place.folder.path(), compile, DEADLINE);
+    let doctor = |more: &[&str]| {
+        let mut command = place.command(more);
+        command.env("LD_LIBRARY_PATH", &folder);
+        command
+    };
+    let busy = "2 x Stand-in (80.0 GiB), driver 550.54.15, CUDA up to 12.4; used already: GPU 1 by 1 process (3.0 GiB)";
+    is_told(&mut doctor(&[]), "warning", "GPU", busy);
+    // The binary under test is built without CUDA.
+    is_told(&mut doctor(&[]), "warning", "CUDA", "built without CUDA");
+    let page = is_told(&mut doctor(&["device=cuda"]), "error", "CUDA", "built without CUDA");
+    assert_eq!(page["ranks"], 2, "one for each GPU");
+    is_told(
+        &mut doctor(&["device=cuda", "--ranks=3"]),
+        "error",
+        "device",
+        "3 ranks on this host, and 2 GPUs",
+    );
 }
 
 #[test]

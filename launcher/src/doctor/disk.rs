@@ -127,9 +127,10 @@ pub fn measure(folder: &Path, bytes: u64) -> io::Result<Speed> {
     }
     let (started, mut written) = (Instant::now(), 0u64);
     while written < bytes && (written == 0 || started.elapsed() < TIME) {
-        file.write_all(&block)?;
+        let next = block.len().min((bytes - written) as usize);
+        file.write_all(&block[..next])?;
         file.sync_data()?;
-        written += block.len() as u64;
+        written += next as u64;
     }
     let write = written as f64 / started.elapsed().as_secs_f64();
     // File systems without a cache need none emptied.

@@ -163,7 +163,11 @@ fn judge(host: &Host, subject: &Subject, built: bool, visible: Option<&str>) -> 
 fn inventory(found: &Found, visible: Option<&str>) -> Line {
     let mut kinds: Vec<(String, usize)> = Vec::new();
     for gpu in &found.gpus {
-        let kind = format!("{} ({})", gpu.name, size(gpu.memory));
+        let kind = match gpu.memory {
+            // Old drivers have another way to ask.
+            0 => gpu.name.clone(),
+            memory => format!("{} ({})", gpu.name, size(memory)),
+        };
         match kinds.iter_mut().find(|(known, _)| *known == kind) {
             Some((_, count)) => *count += 1,
             None => kinds.push((kind, 1)),

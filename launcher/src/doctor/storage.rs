@@ -10,6 +10,7 @@ use repa_trainer::config::Config;
 use repa_trainer::data;
 use repa_trainer::data::store::StoreError;
 use repa_trainer::train::checkpoints;
+use rustix::process::{Resource, getrlimit};
 
 use super::Line;
 use super::disk::{Place, Speed, measure, measure_read, try_writing};
@@ -60,8 +61,9 @@ impl Measured {
         if let Some((_, speed)) = self.known.iter().find(|(device, _)| *device == place.device) {
             return Ok(*speed);
         }
-        // Leaves a full disk what it has.
-        let speed = measure(&place.folder, self.bytes.min(place.free / 2))?;
+        // Leaves a full disk what it has. A file beyond the limit of its size would end this process.
+        let largest = getrlimit(Resource::Fsize).current.unwrap_or(u64::MAX);
+        let speed = measure(&place.folder, self.bytes.min(place.free / 2).min(largest))?;
         self.known.push((place.device, speed));
         Ok(speed)
     }
