@@ -1,4 +1,4 @@
-//! `repa-dist doctor`: a page for hosts that are well, and a line with what to do for each thing that is not. Some 45 s
+//! `repa-dist doctor`: a page for hosts that are well, and a line with what to do for each thing that is not. Some 50 s
 //! on two cores. What takes namespaces is skipped, with a reason, where the tests do not run as root.
 
 use std::fs;
@@ -343,6 +343,10 @@ fn ranks_of_a_job_print_one_page() {
     assert_eq!(page.matches("2 ranks on 1 host, started by mpirun; summed").count(), 1, "{page}");
     assert_eq!(page.matches("run folder").count(), 1, "{page}");
     assert!(!page.contains('\x1b') && page.contains("no errors") || page.contains("all is well"), "{page}");
+
+    // MPI's start ends its process, and mpirun the others; the page comes first.
+    let ended = Running::start(mpirun(2, &arguments).env("OMPI_MCA_pml", "nonsense")).wait(DEADLINE);
+    assert!(ended.code != Some(0) && ended.stdout.matches("MPI does not start").count() == 1, "{ended:?}");
 
     let bad = [&arguments[..], &["run.dir=/proc/run"]].concat();
     let ended = Running::start(&mut mpirun(2, &bad)).wait(DEADLINE).expect_code(4);

@@ -261,7 +261,7 @@ fn preemption_costs_nothing() {
     cluster.end();
 }
 
-/// Plain srun starts N jobs of one rank: each of them says so, and what to do.
+/// Plain srun starts N jobs of one rank: each of them says so, and what to do. `doctor` says so as well.
 #[test]
 fn srun_without_pmix_is_refused() {
     let Some(cluster) = cluster() else { return };
@@ -294,6 +294,8 @@ fn doctor_knows(cluster: &Cluster) {
     says(&["srun", "--mpi=pmix", "-N3", "-n3", "--time=5"], 0, &ranks);
     let alone = ["error    SLURM", "srun started 3 tasks that cannot find each other (no PMIx)"];
     says(&["srun", "--mpi=none", "-N3", "-n3"], 4, &alone);
+    // OpenMPI does not speak it.
+    says(&["srun", "--mpi=pmi2", "-N3", "-n3"], 4, &["error    ranks", "MPI does not start"]);
 }
 
 /// What a person asks for by the file STOP is not undone; wrong settings are not tried again; a lost rank is, so many

@@ -2,13 +2,15 @@
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use repa_comm::{Communicator, Launcher, Options, all_or_first_error, end_with};
+use repa_comm::{CommError, Communicator, Launcher, Options, all_or_first_error, end_with};
 use repa_trainer::config::Config;
+use repa_trainer::exit::Kind;
 
 use super::Settings;
 use crate::doctor::{
@@ -16,6 +18,18 @@ use crate::doctor::{
 };
 use crate::exit::{Failure, Outcome};
 use crate::launch::this_host;
+
+/// Marks the process that is the rank.
+const RANK: &str = "REPA_DOCTOR_RANK";
+
+/// Exit codes of a rank that has said all there is to say.
+const PRINTED: [i32; 3] = [0, 2, 4];
+
+/// Exit code of a rank that has found no others.
+const NO_RANKS: i32 = 5;
+
+/// How long MPI may take to start all ranks of a job.
+const START: Duration = Duration::from_secs(60);
 
 /// What `doctor` takes.
 #[derive(Debug, Args)]
@@ -51,10 +65,10 @@ pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
         return Err(Failure::usage("--ranks must be above 0"));
     }
     match Launcher::detect() {
-        Launcher::Bare => alone(arguments, None),
+        Launcher::Bare => alone(arguments),
         // Each task would print the same page.
         Launcher::SlurmWithoutPmix(_) if !is_first() => Ok(Outcome::Done),
-        Launcher::SlurmWithoutPmix(_) => alone(arguments, None),
+        Launcher::SlurmWithoutPmix(_) => alone(arguments),
         _ => of_job(arguments),
     }
 }
@@ -65,39 +79,59 @@ pub fn run_probe(_: &Probe) -> Result<Outcome, Failure> {
     Ok(Outcome::Done)
 }
 
-/// A process that no launcher started, or whose ranks could not be started, with what to say of that.
-fn alone(arguments: &Arguments, ranks: Option<Vec<Line>>) -> Result<Outcome, Failure> {
+/// A process that no launcher started.
+fn alone(arguments: &Arguments) -> Result<Outcome, Failure> {
     let config = arguments.load()?;
     let count = arguments.ranks.unwrap_or_else(|| usual_ranks(&config));
     let subject = Arc::new(Subject::alone(config, count, arguments.quick));
     let spinner = spinner();
     let tell = |topic: &str| spinner.set_message(topic.to_owned());
-    let mut lines = ranks.unwrap_or_else(|| examine_mpi(&subject, &tell));
+    let mut lines = examine_mpi(&subject, &tell);
     lines.extend(examine(&subject, &tell));
     spinner.finish_and_clear();
     conclude(arguments, &subject, vec![this_host()], lines)
 }
 
-/// A rank of a job: rank 0 prints the page of all hosts.
+/// A rank of a job. MPI may end a process that it does not start in, so that a process of its own is the rank: where
+/// that one is gone without a page, this one says so.
 fn of_job(arguments: &Arguments) -> Result<Outcome, Failure> {
-    let watch = StartWatch::new();
-    let comm = match repa_comm::init(&Options::default()) {
-        Ok(comm) => comm,
-        // The page says so, once.
-        Err(_) if !is_first() => return Ok(Outcome::Done),
-        Err(error) => {
-            drop(watch);
-            return alone(arguments, Some(broken(&error.to_string())));
-        }
+    if std::env::var_os(RANK).is_some() {
+        return rank(arguments);
+    }
+    // mpirun ends the other processes of a job whose MPI does not start, and kills them a second later: time enough.
+    let _ = signal_hook::flag::register(signal_hook::consts::SIGTERM, Arc::default());
+    let program = std::env::current_exe().map_err(|e| Failure::runtime(format!("this program: {e}")))?;
+    let status = Command::new(program).args(std::env::args_os().skip(1)).env(RANK, "1").status();
+    let problem = match status.map(|status| status.code()) {
+        Ok(Some(code)) if PRINTED.contains(&code) => std::process::exit(code),
+        // The page says it, once.
+        _ if !is_first() => return Ok(Outcome::Done),
+        Ok(Some(NO_RANKS)) => "the ranks do not find each other".to_owned(),
+        Ok(Some(code)) => format!("MPI does not start (exit code {code})"),
+        Ok(None) => "MPI does not start (it was killed)".to_owned(),
+        Err(error) => format!("cannot start a rank: {error}"),
     };
+    let config = arguments.load()?;
+    let ranks = match Launcher::detect() {
+        Launcher::OpenMpi(ranks) | Launcher::Pmi(Some(ranks)) => ranks,
+        _ => arguments.ranks.unwrap_or(1),
+    };
+    let subject = Subject::alone(config, ranks, arguments.quick);
+    conclude(arguments, &subject, vec![this_host()], broken(&problem))
+}
+
+/// What is a rank: rank 0 prints the page of all hosts.
+fn rank(arguments: &Arguments) -> Result<Outcome, Failure> {
+    let watch = StartWatch::new(START);
+    let comm = repa_comm::init(&Options::default()).map_err(|e| Failure::with_code(NO_RANKS as u8, e))?;
     drop(watch);
     repa_comm::install_panic_hook();
     let local = arguments.load().map_err(|e| e.of_rank());
     let config = all_or_first_error(comm.as_ref(), local).unwrap_or_else(|e| end_with(comm.as_ref(), &e));
     let subject = Arc::new(Subject::of_job(config, comm.topology(), arguments.quick));
-    let lines = gather(comm.as_ref(), &subject, &|_| ()).map_err(Failure::runtime)?;
-    let rank = comm.rank();
-    let hosts = hosts(comm.as_ref());
+    let broken = |error: CommError| repa_comm::abort(i32::from(Kind::Runtime.code()), &error.to_string());
+    let lines = gather(comm.as_ref(), &subject, &|_| ()).unwrap_or_else(|error| broken(error));
+    let (rank, hosts) = (comm.rank(), hosts(comm.as_ref()));
     comm.finalize().map_err(Failure::runtime)?;
     match rank {
         0 => conclude(arguments, &subject, hosts, lines),

@@ -67,7 +67,10 @@ pub fn of_job(comm: &dyn Communicator, probe: &Probe) -> Vec<Line> {
 
 /// For a rank whose communicator did not start.
 pub fn broken(problem: &str) -> Vec<Line> {
-    vec![Line::error(RANKS, problem, INSTALL_ALIKE)]
+    let fix = format!(
+        "see what it says beside this page; {INSTALL_ALIKE}. `repa-dist doctor` by itself looks at the rest of a host"
+    );
+    vec![Line::error(RANKS, problem, fix)]
 }
 
 const WRONG_SUM: &str =

@@ -17,6 +17,9 @@ const TURNS: usize = 5;
 /// How long the ranks may wait for each other, and for MPI's start.
 pub const DEADLINE: Duration = Duration::from_secs(15);
 
+/// The exit code of a rank whose MPI does not start, as of one that MPI itself ends.
+const NOT_UP: i32 = 1;
+
 /// What rank 0 says.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Probe {
@@ -79,7 +82,7 @@ impl Probe {
 /// # Errors
 /// The ranks cannot be started, or cannot talk; the text says why not.
 pub fn probe() -> Result<(), CommError> {
-    let _watch = StartWatch::new();
+    let _watch = StartWatch::new(DEADLINE + Duration::from_secs(1));
     let comm = repa_comm::init(&Options { deadline: Some(DEADLINE), ..Options::default() })?;
     let probe = Probe::of(comm.as_ref())?;
     if comm.rank() == 0 {
@@ -96,15 +99,15 @@ pub struct StartWatch {
 }
 
 impl StartWatch {
-    /// From now on.
-    pub fn new() -> Self {
+    /// From now on, for so long.
+    pub fn new(deadline: Duration) -> Self {
         let done = Arc::new(AtomicBool::new(false));
         let over = Arc::clone(&done);
         std::thread::spawn(move || {
-            std::thread::sleep(DEADLINE + Duration::from_secs(1));
+            std::thread::sleep(deadline);
             if !over.load(Ordering::SeqCst) {
-                eprintln!("error: the ranks were not up within {} s: MPI hangs", DEADLINE.as_secs());
-                std::process::exit(4);
+                eprintln!("error: the ranks were not up within {} s: MPI hangs", deadline.as_secs());
+                std::process::exit(NOT_UP);
             }
         });
         Self { done }
