@@ -342,7 +342,7 @@ fn ranks_of_a_job_print_one_page() {
     let page = Running::start(&mut mpirun(2, &arguments)).wait(DEADLINE).expect_code(0).stdout;
     assert_eq!(page.matches("2 ranks on 1 host, started by mpirun; summed").count(), 1, "{page}");
     assert_eq!(page.matches("run folder").count(), 1, "{page}");
-    assert!(!page.contains('\x1b') && page.contains("no errors") || page.contains("all is well"), "{page}");
+    assert!(!page.contains('\x1b') && (page.contains("no errors") || page.contains("all is well")), "{page}");
 
     // MPI's start ends its process, and mpirun the others; the page comes first.
     let ended = Running::start(mpirun(2, &arguments).env("OMPI_MCA_pml", "nonsense")).wait(DEADLINE);

@@ -292,7 +292,7 @@ fn doctor_knows(cluster: &Cluster) {
     let ranks =
         ["3 ranks on 3 hosts, started by a PMIx launcher", "on 3 nodes (n[1-3]), 3 tasks", "time left"];
     says(&["srun", "--mpi=pmix", "-N3", "-n3", "--time=5"], 0, &ranks);
-    let alone = ["error    SLURM", "srun started 3 tasks that cannot find each other (no PMIx)"];
+    let alone = ["error    ranks", "job ", "srun started 3 tasks that cannot find each other (no PMIx)"];
     says(&["srun", "--mpi=none", "-N3", "-n3"], 4, &alone);
     // OpenMPI does not speak it.
     says(&["srun", "--mpi=pmi2", "-N3", "-n3"], 4, &["error    ranks", "MPI does not start"]);

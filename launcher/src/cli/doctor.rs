@@ -129,8 +129,8 @@ fn rank(arguments: &Arguments) -> Result<Outcome, Failure> {
     let local = arguments.load().map_err(|e| e.of_rank());
     let config = all_or_first_error(comm.as_ref(), local).unwrap_or_else(|e| end_with(comm.as_ref(), &e));
     let subject = Arc::new(Subject::of_job(config, comm.topology(), arguments.quick));
-    let broken = |error: CommError| repa_comm::abort(i32::from(Kind::Runtime.code()), &error.to_string());
-    let lines = gather(comm.as_ref(), &subject, &|_| ()).unwrap_or_else(|error| broken(error));
+    let end = |error: CommError| repa_comm::abort(i32::from(Kind::Runtime.code()), &error.to_string());
+    let lines = gather(comm.as_ref(), &subject, &|_| ()).unwrap_or_else(end);
     let (rank, hosts) = (comm.rank(), hosts(comm.as_ref()));
     comm.finalize().map_err(Failure::runtime)?;
     match rank {

@@ -111,7 +111,9 @@ fn judge_cores(subject: &Subject, usable: usize, online: usize) -> Line {
         };
         return Line::warning(PROCESSORS, found, fix);
     }
-    if !subject.on_gpus() && subject.placed.is_some() && here * threads * 2 <= online {
+    // Threads that nobody has chosen are few because the launcher has bound the ranks.
+    let bound = subject.placed.is_some() && subject.config.train.threads == 0;
+    if bound && !subject.on_gpus() && here * threads * 2 <= online {
         found.push_str(": most of the host stays idle");
         let fix = "mpirun --bind-to none, or --map-by slot:PE=N; srun --cpus-per-task=N";
         return Line::warning(PROCESSORS, found, fix);

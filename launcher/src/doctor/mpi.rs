@@ -19,6 +19,7 @@ const TRANSPORTS: &str = "transports";
 /// How long mpirun may take to start two ranks and to end.
 const LAUNCH: Duration = Duration::from_secs(20);
 
+const PMIX: &str = "srun --mpi=pmix, or mpirun inside the allocation";
 const INSTALL: &str = "install OpenMPI (Debian: openmpi-bin), or load your cluster's module";
 
 /// For a process that no launcher started.
@@ -30,7 +31,7 @@ pub fn alone(_subject: &Subject) -> Vec<Line> {
         (Launcher::SlurmWithoutPmix(tasks), _) => Err(vec![Line::error(
             RANKS,
             format!("srun started {tasks} tasks that cannot find each other (no PMIx)"),
-            "srun --mpi=pmix, or mpirun inside the allocation",
+            PMIX,
         )]),
         (_, None) => Err(Vec::new()),
         (_, Some(mpirun)) => Ok(two_ranks(mpirun)),
@@ -67,9 +68,11 @@ pub fn of_job(comm: &dyn Communicator, probe: &Probe) -> Vec<Line> {
 
 /// For a rank whose communicator did not start.
 pub fn broken(problem: &str) -> Vec<Line> {
-    let fix = format!(
-        "see what it says beside this page; {INSTALL_ALIKE}. `repa-dist doctor` by itself looks at the rest of a host"
-    );
+    let start = match std::env::var_os("SLURM_STEP_ID") {
+        Some(_) => PMIX,
+        None => INSTALL_ALIKE,
+    };
+    let fix = format!("{start}; see what MPI says. `repa-dist doctor` by itself looks at the rest of a host");
     vec![Line::error(RANKS, problem, fix)]
 }
 

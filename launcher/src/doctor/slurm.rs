@@ -1,7 +1,5 @@
 //! SLURM: the job that this is part of, or the cluster that jobs could be handed to.
 
-use repa_comm::Launcher;
-
 use super::Line;
 use super::command::{Ended, ask};
 use super::subject::{Subject, plural};
@@ -46,14 +44,8 @@ fn in_job(job: &str, variable: &dyn Fn(&str) -> Option<String>) -> Line {
     if let Some(left) = time_left(job) {
         found.push_str(&format!(", time left {left}"));
     }
-    match Launcher::detect() {
-        Launcher::SlurmWithoutPmix(tasks) => Line::error(
-            TOPIC,
-            format!("{found}; srun started {tasks} tasks that cannot find each other"),
-            "srun --mpi=pmix, or mpirun inside the allocation",
-        ),
-        _ => Line::ok(TOPIC, found),
-    }
+    // Whether its tasks find each other, the line about ranks says.
+    Line::ok(TOPIC, found)
 }
 
 fn time_left(job: &str) -> Option<String> {
