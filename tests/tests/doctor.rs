@@ -363,7 +363,6 @@ fn hosts_of_a_job_share_a_page() {
     small_store(&hosts.folder().join("store"), 12);
     let mut arguments = vec!["doctor".to_owned(), "--quick".into(), "--json".into()];
     arguments.extend(small_model(&hosts.folder().join("store"), &hosts.folder().join("run")));
-    // Each host has a port of its own to lose.
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let mut command = hosts.mpirun(2, &arguments);
     let ended = Running::start(command.current_dir(hosts.folder())).wait(DEADLINE).expect_code(0);

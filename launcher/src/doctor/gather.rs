@@ -6,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use repa_comm::{CommError, Communicator, all_gather};
 
 use super::probe::Probe;
-use super::{Line, Subject, clock, examine, mpi};
+use super::{Line, State, Subject, clock, examine, mpi, storage};
 
 /// How often clocks are compared; the middle one counts.
 const TURNS: usize = 7;
@@ -99,13 +99,31 @@ fn merge(hosts: &[(String, Vec<Line>)]) -> Vec<Line> {
         let names = if all { Vec::new() } else { its_hosts.iter().map(|&host| host.to_owned()).collect() };
         Line { hosts: names, ..line }
     };
-    groups.into_iter().map(named).collect()
+    groups.into_iter().map(named).map(not_yet_is_too_late).collect()
+}
+
+/// Data that are on some hosts and not on others are not to be made yet: they are missing there.
+fn not_yet_is_too_late(line: Line) -> Line {
+    if line.topic != storage::DATA || line.state != State::Warning || line.hosts.is_empty() {
+        return line;
+    }
+    let fix =
+        "`repa-dist data stage` copies a store to every host; or set data.dir to a folder that all hosts see";
+    Line { state: State::Error, fix: Some(fix.into()), ..line }
 }
 
 /// A finding without its figures and its host's name.
 fn shape(found: &str, host: &str) -> String {
     let mut shape = String::new();
-    for c in found.replace(host, "HOST").chars() {
+    // As a word of its own: a host may be called "a".
+    let words = found.split_inclusive(|c: char| !(c.is_alphanumeric() || "-._".contains(c)));
+    let without = words.map(|word| match word.strip_prefix(host) {
+        Some(rest) if rest.chars().count() < 2 && !rest.ends_with(char::is_alphanumeric) => {
+            format!("HOST{rest}")
+        }
+        _ => word.to_owned(),
+    });
+    for c in without.collect::<String>().chars() {
         match c {
             '0'..='9' if shape.ends_with('#') => {}
             '0'..='9' => shape.push('#'),
@@ -159,11 +177,29 @@ mod tests {
     }
 
     #[test]
+    fn data_have_to_be_on_all_hosts_or_none() {
+        let missing = || Line::warning("data", "no data set at data yet", "make one");
+        let merged = |b: Line| merge(&[("a".into(), vec![missing()]), ("b".into(), vec![b])]);
+        assert_eq!(merged(missing())[0].state, State::Warning);
+        let lines = merged(Line::ok("data", "data on ext4: 12 samples"));
+        assert_eq!((lines[0].state, &lines[0].hosts[..]), (State::Error, &["a".to_owned()][..]));
+        assert!(lines[0].fix.as_ref().is_some_and(|fix| fix.contains("data stage")));
+    }
+
+    #[test]
     fn a_host_may_say_the_same_twice() {
         let line = Line::ok("shared memory", "8 GiB");
         let lines = merge(&[("a".into(), vec![line.clone(), line.clone()]), ("b".into(), vec![line])]);
         assert_eq!(lines.len(), 2);
         assert_eq!(lines[1].hosts, ["a"]);
+    }
+
+    #[test]
+    fn the_name_of_a_host_is_no_difference() {
+        assert_eq!(shape("n1 is 10.0.0.1", "n1"), shape("n22 is 10.0.0.22", "n22"));
+        assert_eq!(shape("a data set (a)", "a"), "HOST data set (HOST)");
+        assert_eq!(shape("n1x, n1", "n1"), "n#x, HOST");
+        assert_eq!(shape("1.5 GiB at 900 MB/s", "h"), shape("20 MiB at 1.2 GB/s", "h"));
     }
 
     #[test]

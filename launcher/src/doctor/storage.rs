@@ -18,7 +18,8 @@ use super::subject::{Subject, plural, size};
 
 const RUN: &str = "run folder";
 const CHECKPOINTS: &str = "checkpoints";
-const DATA: &str = "data";
+/// The topic of what training reads.
+pub const DATA: &str = "data";
 const TEMPORARY: &str = "temporary";
 
 /// What speeds are measured on.
