@@ -60,6 +60,15 @@ pub struct Options {
     pub chunk_bytes: usize,
 }
 
+impl Options {
+    /// Bytes of a node's shared memory that a rank takes, rounded up.
+    #[must_use]
+    pub fn shared_memory_bytes(&self) -> usize {
+        // Four slots of a chunk, and the counters before them.
+        4 * self.chunk_bytes + (64 << 10)
+    }
+}
+
 impl Default for Options {
     fn default() -> Self {
         Self {

@@ -32,7 +32,7 @@ pub use communicator::{
 };
 pub use environment::{Launcher, Options, init};
 pub use error::{Call, Collective, CommError};
-pub use mpi::Mpi;
+pub use mpi::{Mpi, library_version, thread_level};
 #[cfg(feature = "nccl")]
 pub use nccl::Nccl;
 pub use reduce::Phases;

@@ -3,6 +3,7 @@
 //! `mpirun -n 2 repa-dist` trains the quickstart; `repa-dist --help` lists the rest.
 
 mod cli;
+mod doctor;
 mod exit;
 mod launch;
 mod log;

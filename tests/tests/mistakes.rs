@@ -115,6 +115,7 @@ fn help_and_version_read_well() {
         &["report", "--help"],
         &["watch", "--help"],
         &["config", "--help"],
+        &["doctor", "--help"],
         &["--version"],
     ] {
         let ended = Running::start(&mut repa_dist(arguments)).wait(DEADLINE).expect_code(0);

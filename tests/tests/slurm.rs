@@ -261,7 +261,7 @@ fn preemption_costs_nothing() {
     cluster.end();
 }
 
-/// Plain srun starts N jobs of one rank: each of them says so, and what to do.
+/// Plain srun starts N jobs of one rank: each of them says so, and what to do. `doctor` says so as well.
 #[test]
 fn srun_without_pmix_is_refused() {
     let Some(cluster) = cluster() else { return };
@@ -273,7 +273,29 @@ fn srun_without_pmix_is_refused() {
         .expect_code(4)
         .expect_error(&["srun started 3 tasks that cannot find each other", "srun --mpi=pmix"]);
     assert!(!cluster.run("alone").exists(), "it has begun to train");
+    doctor_knows(&cluster);
     cluster.end();
+}
+
+/// `doctor` on the login node, as ranks, and as the tasks of a plain srun.
+fn doctor_knows(cluster: &Cluster) {
+    let mut arguments = vec![text(&binary()).to_owned(), "doctor".into(), "--quick".into()];
+    arguments.extend(small_model(&cluster.run("store"), &cluster.run("examined")));
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let says = |before: &[&str], code: i32, parts: &[&str]| {
+        let said = cluster.slurm.run(&[before, &arguments[..]].concat()).expect_code(code).stdout;
+        for part in parts {
+            assert_eq!(said.matches(part).count(), 1, "{part:?} in\n{said}");
+        }
+    };
+    says(&[], 0, &["partitions low (3 nodes, 3 idle), high (3 nodes, 3 idle)", "srun --mpi=pmix (srun has"]);
+    let ranks =
+        ["3 ranks on 3 hosts, started by a PMIx launcher", "on 3 nodes (n[1-3]), 3 tasks", "time left"];
+    says(&["srun", "--mpi=pmix", "-N3", "-n3", "--time=5"], 0, &ranks);
+    let alone = ["error    ranks", "job ", "srun started 3 tasks that cannot find each other (no PMIx)"];
+    says(&["srun", "--mpi=none", "-N3", "-n3"], 4, &alone);
+    // OpenMPI does not speak it.
+    says(&["srun", "--mpi=pmi2", "-N3", "-n3"], 4, &["error    ranks", "MPI does not start"]);
 }
 
 /// What a person asks for by the file STOP is not undone; wrong settings are not tried again; a lost rank is, so many

@@ -1,5 +1,6 @@
 //! The addresses of this host.
 
+use std::ffi::CStr;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// One address of an interface that is up, and the mask of its network.
@@ -16,24 +17,7 @@ impl Interface {
     /// All of this host; none where the kernel does not say.
     pub(super) fn all() -> Vec<Self> {
         let mut found = Vec::new();
-        let mut list: *mut libc::ifaddrs = std::ptr::null_mut();
-        // SAFETY: the address is live for the call, which writes a list that is freed below.
-        if unsafe { libc::getifaddrs(&mut list) } != 0 {
-            return found;
-        }
-        let mut next = list;
-        // SAFETY: the list's entries are valid until it is freed; the last one's link is null.
-        while let Some(entry) = unsafe { next.as_ref() } {
-            next = entry.ifa_next;
-            let up = entry.ifa_flags & libc::IFF_UP as libc::c_uint != 0;
-            // SAFETY: an entry's addresses are null or valid, for its lifetime.
-            let (address, mask) = unsafe { (ip(entry.ifa_addr), ip(entry.ifa_netmask)) };
-            if let (true, Some(address), Some(mask)) = (up, address, mask) {
-                found.push(Self { address, mask });
-            }
-        }
-        // SAFETY: made by getifaddrs, freed once; nothing of it was kept.
-        unsafe { libc::freeifaddrs(list) };
+        each(|_, interface| found.push(interface));
         found
     }
 
@@ -49,6 +33,38 @@ impl Interface {
             _ => false,
         }
     }
+}
+
+/// The addresses of this host with the names of their interfaces, of those that are up; none where the kernel does not
+/// say.
+#[must_use]
+pub fn host_addresses() -> Vec<(String, IpAddr)> {
+    let mut found = Vec::new();
+    each(|name, interface| found.push((name.to_string_lossy().into_owned(), interface.address)));
+    found
+}
+
+fn each(mut tell: impl FnMut(&CStr, Interface)) {
+    let mut list: *mut libc::ifaddrs = std::ptr::null_mut();
+    // SAFETY: the address is live for the call, which writes a list that is freed below.
+    if unsafe { libc::getifaddrs(&mut list) } != 0 {
+        return;
+    }
+    let mut next = list;
+    // SAFETY: the list's entries are valid until it is freed; the last one's link is null.
+    while let Some(entry) = unsafe { next.as_ref() } {
+        next = entry.ifa_next;
+        let up = entry.ifa_flags & libc::IFF_UP as libc::c_uint != 0;
+        // SAFETY: an entry's addresses are null or valid, for its lifetime.
+        let (address, mask) = unsafe { (ip(entry.ifa_addr), ip(entry.ifa_netmask)) };
+        if let (true, Some(address), Some(mask)) = (up, address, mask) {
+            // SAFETY: an entry's name ends in zero and lives as long as the entry.
+            let name = unsafe { CStr::from_ptr(entry.ifa_name) };
+            tell(name, Interface { address, mask });
+        }
+    }
+    // SAFETY: made by getifaddrs, freed once; nothing of it was kept.
+    unsafe { libc::freeifaddrs(list) };
 }
 
 /// # Safety
@@ -124,6 +140,8 @@ mod tests {
     fn this_host_has_a_loopback() {
         let all = Interface::all();
         assert!(all.iter().any(|i| i.address.is_loopback() && i.reaches(i.address)), "{all:?}");
+        let named = host_addresses();
+        assert!(named.iter().any(|(name, address)| name == "lo" && address.is_loopback()), "{named:?}");
     }
 
     #[test]

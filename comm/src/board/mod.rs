@@ -18,6 +18,7 @@ mod status;
 mod tests;
 mod wire;
 
+pub use interfaces::host_addresses;
 pub use process::Process;
 pub use status::{Phase, Progress, RankState, RankStatus, describe_late};
 

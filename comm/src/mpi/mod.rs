@@ -55,6 +55,19 @@ pub fn library_version() -> String {
     text.split([',', '\n', '\0']).next().unwrap_or_default().trim().to_owned()
 }
 
+/// Which threads may call MPI, in the standard's words (SINGLE, FUNNELED, SERIALIZED or MULTIPLE, of which the last lets
+/// a rank end the others from any thread); None before MPI is started and after its end.
+pub fn thread_level() -> Option<String> {
+    let (mut started, mut ended) = (0, 0);
+    // SAFETY: both calls are allowed at any time and from any thread; the addresses are live for them.
+    unsafe {
+        ffi::MPI_Initialized(&mut started);
+        ffi::MPI_Finalized(&mut ended);
+    }
+    let runs = started != 0 && ended == 0;
+    runs.then(|| format!("{:?}", mpi::environment::threading_support()).to_uppercase())
+}
+
 /// The communicator of a job under mpirun or srun. Made by [`crate::init`].
 pub struct Mpi {
     worker: Worker<Engine>,

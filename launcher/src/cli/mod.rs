@@ -5,6 +5,7 @@ mod checkpoint;
 mod config;
 mod dashboards;
 mod data;
+mod doctor;
 mod estimate;
 mod evaluate;
 mod launch;
@@ -67,9 +68,14 @@ enum Command {
     Estimate(estimate::Arguments),
     /// Print the merged configuration, and where each value came from
     Config(config::Arguments),
+    /// Look for what a run needs of its hosts (MPI, GPUs, disks, memory, limits, network, SLURM), and say what to do
+    Doctor(doctor::Arguments),
     /// End what a launch has left on this host
     #[command(hide = true)]
     Reap(reap::Arguments),
+    /// Say that a rank is there: doctor starts two of them
+    #[command(hide = true)]
+    DoctorProbe(doctor::Probe),
 }
 
 /// What a run is configured from.
@@ -116,6 +122,8 @@ pub fn run(arguments: Arguments) -> Result<Outcome, Failure> {
         Some(Command::Watch(arguments)) => watch::run(&arguments),
         Some(Command::Report(arguments)) => report::run(&arguments),
         Some(Command::Config(arguments)) => config::run(&arguments),
+        Some(Command::Doctor(arguments)) => doctor::run(&arguments),
+        Some(Command::DoctorProbe(arguments)) => doctor::run_probe(&arguments),
     }
 }
 

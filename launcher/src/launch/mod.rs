@@ -30,9 +30,9 @@ use repa_trainer::checkpoint::Checkpoints;
 
 pub use agent::Agent;
 pub use attempt::Deadlines;
-pub use command::{Line, environment};
+pub use command::{Line, MARK, environment};
 pub use error::LaunchError;
-pub use hosts::Placement;
+pub use hosts::{Placement, this_host};
 pub use processes::reap;
 pub use record::{Attempts, Record};
 pub use signals::usual_stop;
