@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::{Array, Checkpoint, CheckpointError};
+use super::{Array, Checkpoint, CheckpointError, Tensors};
 
 /// One tensor that differs.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -58,7 +58,15 @@ pub fn diff(
         only_second: b.keys().filter(|key| !a.contains_key(*key)).map(title).collect(),
         ..Difference::default()
     };
-    for (done, (key, shape)) in a.iter().enumerate() {
+    // As they lie in the files.
+    let place = |(array, name): &(Array, String)| {
+        let piece = first.manifest().tensors[array][name].pieces.first();
+        (*array, piece.map(|piece| (piece.shard, piece.offset)))
+    };
+    let mut order: Vec<_> = a.iter().collect();
+    order.sort_by_key(|(key, _)| place(key));
+    let (mut first, mut second) = (Tensors::of(first), Tensors::of(second));
+    for (done, (key, shape)) in order.into_iter().enumerate() {
         progress(done + 1, a.len());
         let Some(other) = b.get(key) else { continue };
         if shape != other {

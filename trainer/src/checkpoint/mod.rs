@@ -19,6 +19,7 @@ pub mod reference;
 mod retention;
 mod shard;
 pub mod storage;
+mod tensors;
 #[cfg(test)]
 mod tests;
 
@@ -33,6 +34,7 @@ pub use retention::Retention;
 pub use shard::{Arrays, Frozen, Part};
 use storage::ObjectError;
 pub use storage::name;
+pub use tensors::Tensors;
 
 use crate::exit::Kind;
 

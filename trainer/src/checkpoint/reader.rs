@@ -292,22 +292,6 @@ impl Checkpoint {
         read.map_err(|source| self.unreadable(number, source))
     }
 
-    /// The elements of one tensor of an array, frozen ones included; None where the checkpoint lacks it.
-    ///
-    /// # Errors
-    /// A shard cannot be read.
-    pub fn tensor(&self, array: Array, name: &str) -> Result<Option<Vec<f32>>, CheckpointError> {
-        let Some(tensor) = self.manifest.tensors.get(&array).and_then(|tensors| tensors.get(name)) else {
-            return Ok(None);
-        };
-        let mut out = vec![0.0f32; tensor.shape.iter().product()];
-        for piece in &tensor.pieces {
-            let part = &mut out[piece.start..piece.end];
-            self.shard_bytes(piece.shard, piece.offset, bytemuck::cast_slice_mut(part))?;
-        }
-        Ok(Some(out))
-    }
-
     /// Checks that an array has exactly a layout's trainable parameters, and no frozen one but the
     /// layout's.
     pub(crate) fn check(&self, layout: &Layout, array: Array) -> Result<(), CheckpointError> {

@@ -292,3 +292,25 @@ fn one_pass_reads_what_is_wanted_and_checks_digests() {
     let read = checkpoint.read_checked(&layout(), &wanted, &[0, 1]).expect("not looked at");
     assert_eq!(read[0], expected[0][..2]);
 }
+
+/// Whatever is kept of the shards, each tensor is its own.
+#[test]
+fn tensors_are_read_in_any_order() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let expected = arrays(layout().trainable_len(), 0.5);
+    save(folder.path(), 1, &expected, 3);
+    let checkpoint = latest(folder.path()).checkpoint.expect("one");
+    let layout = layout();
+    let mut entries: Vec<_> = layout.entries().iter().filter(|entry| entry.trainable).collect();
+    for _ in 0..2 {
+        let mut tensors = Tensors::of(&checkpoint);
+        for (array, values) in Array::ALL.into_iter().zip(&expected) {
+            for entry in &entries {
+                let read = tensors.tensor(array, &entry.name).expect("readable").expect("there");
+                assert_eq!(read, values[entry.offset..entry.offset + entry.len()], "{}", entry.name);
+            }
+        }
+        assert_eq!(tensors.tensor(Array::Ema, "none").expect("readable"), None);
+        entries.reverse();
+    }
+}

@@ -9,7 +9,7 @@ use super::gather::{self, Search, Wanted};
 use super::placement::Placement;
 use super::{Owned, State, StopRequest, TrainError, agree};
 use crate::checkpoint::storage::is_url;
-use crate::checkpoint::{Array, Checkpoint, CheckpointError, Checkpoints, Retention};
+use crate::checkpoint::{Array, Checkpoint, CheckpointError, Checkpoints, Retention, Tensors};
 use crate::config::{Config, ConfigError, InitWeights, Loaded, Resume};
 use crate::params::Layout;
 use crate::weights::Weights;
@@ -291,7 +291,7 @@ impl InitSource {
             Self::Checkpoint(checkpoint, array) => {
                 let tensors = checkpoint.manifest().tensors.get(array);
                 let same = tensors.and_then(|t| t.get(name)).is_some_and(|tensor| tensor.shape == shape);
-                Ok(if same { checkpoint.tensor(*array, name)? } else { None })
+                Ok(if same { Tensors::of(checkpoint).tensor(*array, name)? } else { None })
             }
             Self::File(weights) => match weights.tensors.get(name).filter(|t| t.shape == shape) {
                 Some(_) => Ok(Some(weights.f32(name)?)),

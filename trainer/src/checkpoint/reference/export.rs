@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::ReferenceError;
-use crate::checkpoint::{Array, Checkpoint, CheckpointError};
+use crate::checkpoint::{Array, Checkpoint, CheckpointError, Tensors};
 use crate::config::Config;
 use crate::params::Entry;
 use crate::weights::{Dtype, Header, write_sharded};
@@ -103,13 +103,14 @@ pub fn export(
 
     let write = |source| ReferenceError::Write { path: out.to_owned(), source };
     std::fs::create_dir_all(folder).map_err(write)?;
+    let mut tensors = Tensors::of(checkpoint);
     let mut unreadable = None;
     let mut done = 0;
     let total = parts.len();
     let written = write_sharded(folder, stem, &headers, &metadata, max_bytes, |i, writer| {
         match &parts[i] {
             Part::Count(count) => writer.write_all(&count.to_le_bytes())?,
-            Part::Tensor(array, entry) => match values(checkpoint, *array, entry) {
+            Part::Tensor(array, entry) => match values(&mut tensors, *array, entry) {
                 Ok(values) => writer.write_all(bytemuck::cast_slice(&values))?,
                 Err(error) => {
                     unreadable = Some(error);
@@ -128,8 +129,8 @@ pub fn export(
 }
 
 /// A parameter's elements. Frozen ones that the checkpoint leaves out follow from the model.
-fn values(checkpoint: &Checkpoint, array: Array, entry: &Entry) -> Result<Vec<f32>, CheckpointError> {
-    if let Some(values) = checkpoint.tensor(array, &entry.name)? {
+fn values(tensors: &mut Tensors, array: Array, entry: &Entry) -> Result<Vec<f32>, CheckpointError> {
+    if let Some(values) = tensors.tensor(array, &entry.name)? {
         return Ok(values);
     }
     let mut values = vec![0.0; entry.len()];
