@@ -84,6 +84,8 @@ pub const STRAGGLERS: &str = "repa_stragglers";
 pub const CHECKPOINT_SECONDS: &str = "repa_checkpoint_seconds";
 /// Seconds that copying the state for a checkpoint kept training waiting.
 pub const CHECKPOINT_SNAPSHOT_SECONDS: &str = "repa_checkpoint_snapshot_seconds";
+/// Seconds for which a grid of sample images kept training waiting.
+pub const SAMPLING_SECONDS: &str = "repa_sampling_seconds";
 /// Step of the last durable checkpoint.
 pub const CHECKPOINT_STEP: &str = "repa_checkpoint_step";
 /// When the last checkpoint became durable, in seconds since 1970.
@@ -198,6 +200,7 @@ pub fn describe() {
         (OPTIMIZER_SECONDS, "Part of a step spent in clipping, AdamW and EMA"),
         (CHECKPOINT_SECONDS, "Time from a checkpoint's snapshot until it was durable, behind training"),
         (CHECKPOINT_SNAPSHOT_SECONDS, "Time for which a checkpoint's snapshot kept training waiting"),
+        (SAMPLING_SECONDS, "Time for which a grid of sample images kept training waiting"),
     ];
     for (name, help) in durations {
         describe_histogram!(name, Unit::Seconds, help);

@@ -1,20 +1,20 @@
 //! What a rank holds while it trains, how it comes by it, and how it is put away.
 
 use std::net::SocketAddr;
-use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::Instant;
 
-use metrics::gauge;
+use metrics::{gauge, histogram};
 use repa_comm::board::Phase;
 use repa_comm::{Board, Communicator};
 
 use super::buckets::Gradients;
 use super::feed::{Data, Feed};
-use super::folder::{self, RunFolder};
+use super::folder;
+use super::lead::Lead;
 use super::resume::Beginning;
+use super::samples::Samples;
 use super::saver::{Event, Saver};
-use super::watch::{self, Watch};
 use super::{Compute, State, StopRequest, TrainError};
 use crate::Device;
 use crate::config::{Config, ConfigError, Loaded};
@@ -23,8 +23,7 @@ use crate::optim::global_norm;
 use crate::params::Layout;
 use crate::telemetry::exporter::{self, Identity};
 use crate::telemetry::names;
-use crate::telemetry::progress::Progress;
-use crate::telemetry::record::{Facts, RankRecord, RunLog, StepRecord, log_path};
+use crate::telemetry::record::{Facts, RankRecord, StepRecord};
 
 /// One rank's part of a run.
 pub(super) struct Session {
@@ -38,6 +37,7 @@ pub(super) struct Session {
     pub(super) skipped_in_a_row: u64,
     /// Step and lowest rank at which the present row of skipped steps began.
     pub(super) first_skipped: (u64, usize),
+    samples: Option<Samples>,
     metrics: Option<SocketAddr>,
     facts: Facts,
     /// What to say of how the run began.
@@ -48,15 +48,6 @@ pub(super) struct Session {
 
 /// Steps between looks at the weights' norm.
 const NORM_EVERY: u64 = 50;
-
-/// What rank 0 does for all.
-pub(super) struct Lead {
-    /// Held for its lock.
-    _folder: RunFolder,
-    log: RunLog,
-    progress: Progress,
-    watch: Watch,
-}
 
 impl Session {
     /// Sets up a rank.
@@ -71,7 +62,7 @@ impl Session {
         board: Arc<Board>,
         beginning: Beginning,
     ) -> Result<Self, TrainError> {
-        let Beginning { folder, checkpoints, placement, state, branch, durable, said } = beginning;
+        let Beginning { folder, checkpoints, placement, state, branch, durable, mut said } = beginning;
         let plan = LoaderPlan {
             seed: config.train.seed,
             start_sample: state.samples,
@@ -94,26 +85,11 @@ impl Session {
         };
         let lead = folder
             .map(|folder| {
-                let path = log_path(&config.run.dir);
-                let log = RunLog::open(&path, state.step).map_err(|source| TrainError::Folder {
-                    path,
-                    problem: "write to",
-                    source,
-                })?;
-                let progress = Progress::new(config.telemetry.progress, state.step, config.train.steps);
-                let limit = config.train.step_timeout_seconds;
-                let setting = watch::Setting {
-                    run: config.run.dir.clone(),
-                    checkpoints: checkpoints.local_folder().map(Path::to_owned),
-                    steps: config.train.steps,
-                    limit: (limit > 0.0).then(|| Duration::from_secs_f64(limit.min(super::LONGEST))),
-                };
-                let watch = Watch::start(board.clone(), setting)
-                    .map_err(|e| TrainError::Setup { what: "the watching thread", problem: e.to_string() })?;
+                let lead = Lead::open(config, folder, checkpoints.local_folder(), &board, state.step)?;
                 if durable {
-                    watch.durable(state.step);
+                    lead.watch.durable(state.step);
                 }
-                Ok::<_, TrainError>(Lead { _folder: folder, log, progress, watch })
+                Ok::<_, TrainError>(lead)
             })
             .transpose()?;
         let mut saver = Saver::new(config, checkpoints, &layout, placement, &state, branch, comm)?;
@@ -126,6 +102,7 @@ impl Session {
             feed: data.feed(plan)?,
             skipped_in_a_row: 0,
             first_skipped: (0, 0),
+            samples: Samples::open(config, data.index(), &layout, device, &mut said)?,
             layout,
             state,
             saver,
@@ -189,13 +166,26 @@ impl Session {
         if self.lead.is_some() && (record.step == 1 || record.step.is_multiple_of(NORM_EVERY)) {
             gauge!(names::PARAMETER_NORM).set(global_norm(&self.state.params));
         }
-        let Some(lead) = &mut self.lead else { return Ok(()) };
-        lead.log.write(record).map_err(|source| TrainError::Folder {
-            path: run.run.dir.clone(),
-            problem: "write to",
-            source,
-        })?;
-        lead.progress.step(record);
+        match &mut self.lead {
+            Some(lead) => lead.tell(record, run),
+            None => Ok(()),
+        }
+    }
+
+    /// Draws a grid of sample images, if one is due after this step. Called by all ranks. Comes before the step's save,
+    /// so that a run that goes on from there has no grid to make up for.
+    pub(super) fn sample(&mut self, comm: &dyn Communicator) -> Result<(), TrainError> {
+        let step = self.state.step;
+        let Some(samples) = self.samples.as_ref().filter(|samples| samples.due(step)) else { return Ok(()) };
+        let begun = Instant::now();
+        self.board.publish_phase(Phase::Sampling);
+        let average = self.gradients.whole(&self.state.ema, comm)?;
+        let drawn = samples.draw(&average, step, comm)?;
+        if let (Some(lead), Some(drawn)) = (&mut self.lead, drawn) {
+            lead.show(step, drawn);
+        }
+        histogram!(names::SAMPLING_SECONDS).record(begun.elapsed().as_secs_f64());
+        self.board.publish_phase(Phase::Idle);
         Ok(())
     }
 
@@ -239,17 +229,6 @@ impl Session {
         lead.targets(config, &[])?;
         lead.progress.finish();
         Ok(())
-    }
-}
-
-impl Lead {
-    fn targets(&self, config: &Config, addresses: &[String]) -> Result<(), TrainError> {
-        let path = folder::targets(&config.run.dir);
-        exporter::write_targets(&path, addresses).map_err(|source| TrainError::Folder {
-            path,
-            problem: "write to",
-            source,
-        })
     }
 }
 
