@@ -104,6 +104,9 @@ pub struct TelemetryConfig {
     pub bind: std::net::IpAddr,
     /// Port of local rank 0; others count on from it.
     pub port: u16,
+    /// Whether rank 0 writes TensorBoard's event files to the run folder's `tensorboard`: curves, and the grids of
+    /// `sample.training`.
+    pub tensorboard: bool,
     /// How rank 0 shows progress.
     pub progress: Progress,
     /// How log lines look, which RUST_LOG chooses: `text` or `json`.
@@ -143,6 +146,7 @@ impl Default for TelemetryConfig {
             metrics: true,
             bind: std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST),
             port: 9400,
+            tensorboard: false,
             progress: Progress::Auto,
             log: LogFormat::Text,
             peak_tflops: 0.0,

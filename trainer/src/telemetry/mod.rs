@@ -5,6 +5,7 @@ mod host;
 pub mod names;
 pub mod progress;
 pub mod record;
+pub mod tensorboard;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -1,4 +1,4 @@
-//! What rank 0 does for all: the run folder and its lock, log, progress and watch.
+//! What rank 0 does for all: the run folder and its lock, log, progress, event files and watch.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -14,12 +14,15 @@ use crate::config::Config;
 use crate::telemetry::exporter;
 use crate::telemetry::progress::Progress;
 use crate::telemetry::record::{RunLog, StepRecord, log_path};
+use crate::telemetry::tensorboard::{self, EventFile};
 
 /// Rank 0's part of a run beside its share of the work.
 pub(super) struct Lead {
     /// Held for its lock.
     _folder: RunFolder,
     log: RunLog,
+    /// None where none are asked for, or one could not be written.
+    events: Option<EventFile>,
     pub(super) progress: Progress,
     pub(super) watch: Watch,
 }
@@ -32,13 +35,18 @@ impl Lead {
         checkpoints: Option<&Path>,
         board: &Arc<Board>,
         step: u64,
+        host: &str,
     ) -> Result<Self, TrainError> {
         let path = log_path(&config.run.dir);
-        let log = RunLog::open(&path, step).map_err(|source| TrainError::Folder {
-            path,
-            problem: "write to",
-            source,
-        })?;
+        let io = |path| |source| TrainError::Folder { path, problem: "write to", source };
+        let log = RunLog::open(&path, step).map_err(io(path))?;
+        let events = match config.telemetry.tensorboard {
+            true => {
+                let folder = tensorboard::folder(&config.run.dir);
+                Some(EventFile::create(&folder, host, step).map_err(io(folder))?)
+            }
+            false => None,
+        };
         let progress = Progress::new(config.telemetry.progress, step, config.train.steps);
         let limit = config.train.step_timeout_seconds;
         let setting = watch::Setting {
@@ -49,7 +57,7 @@ impl Lead {
         };
         let watch = Watch::start(board.clone(), setting)
             .map_err(|e| TrainError::Setup { what: "the watching thread", problem: e.to_string() })?;
-        Ok(Self { _folder: folder, log, progress, watch })
+        Ok(Self { _folder: folder, log, events, progress, watch })
     }
 
     /// Passes a step on to log and progress.
@@ -59,14 +67,28 @@ impl Lead {
             problem: "write to",
             source,
         })?;
+        self.events(|events| events.step(record));
         self.progress.step(record);
         Ok(())
     }
 
-    /// Says what has become of a step's sample images, where that is not as it should be.
+    /// Passes a step's sample images on, or says why there are none.
     pub(super) fn show(&mut self, step: u64, drawn: Drawn) {
-        if let Err(problem) = drawn {
-            self.progress.line(&format!("no sample images of step {step}: {problem}. Training goes on"));
+        match drawn {
+            Ok((path, grid)) => self.events(|events| {
+                events.image(step, "samples", (grid.width, grid.height), &std::fs::read(&path)?)
+            }),
+            Err(problem) => {
+                self.progress.line(&format!("no sample images of step {step}: {problem}. Training goes on"));
+            }
+        }
+    }
+
+    /// Writes to the event file, where there is one. Training does not depend on it: at the first failure it ends.
+    fn events(&mut self, write: impl FnOnce(&mut EventFile) -> std::io::Result<()>) {
+        if let Some(Err(error)) = self.events.as_mut().map(write) {
+            self.events = None;
+            self.progress.line(&format!("no more for TensorBoard: {error}. Training goes on"));
         }
     }
 

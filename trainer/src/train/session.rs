@@ -85,7 +85,7 @@ impl Session {
         };
         let lead = folder
             .map(|folder| {
-                let lead = Lead::open(config, folder, checkpoints.local_folder(), &board, state.step)?;
+                let lead = Lead::open(config, folder, checkpoints.local_folder(), &board, state.step, comm.host())?;
                 if durable {
                     lead.watch.durable(state.step);
                 }
