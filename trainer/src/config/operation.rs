@@ -104,6 +104,9 @@ pub struct TelemetryConfig {
     pub bind: std::net::IpAddr,
     /// Port of local rank 0; others count on from it.
     pub port: u16,
+    /// Port at which one rank of each host serves the metrics of all ranks there, in place of `port`; 0 for none. The
+    /// next free one if it is taken.
+    pub node_port: u16,
     /// Whether rank 0 writes TensorBoard's event files to the run folder's `tensorboard`: curves, and the grids of
     /// `sample.training`.
     pub tensorboard: bool,
@@ -146,6 +149,7 @@ impl Default for TelemetryConfig {
             metrics: true,
             bind: std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST),
             port: 9400,
+            node_port: 0,
             tensorboard: false,
             progress: Progress::Auto,
             log: LogFormat::Text,

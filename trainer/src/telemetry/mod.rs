@@ -3,8 +3,10 @@
 pub mod exporter;
 mod host;
 pub mod names;
+mod node;
 pub mod progress;
 pub mod record;
+mod server;
 pub mod tensorboard;
 
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -94,6 +94,8 @@ pub const CHECKPOINT_TIME: &str = "repa_checkpoint_time_seconds";
 pub const FAILED_CHECKPOINTS: &str = "repa_checkpoint_failures_total";
 /// Bytes of checkpoints that this rank has written.
 pub const CHECKPOINT_BYTES: &str = "repa_checkpoint_bytes_total";
+/// Ranks of a host whose metrics its one endpoint could not get; where there is one.
+pub const NODE_RANKS_MISSING: &str = "repa_node_ranks_missing";
 /// 1, with the run's name, model, version and world size as labels.
 pub const RUN_INFO: &str = "repa_run_info";
 /// 1, with the rank's host, local rank and device as labels.
@@ -159,6 +161,11 @@ pub fn describe() {
         (GPU_MEMORY_USED_BYTES, Unit::Bytes, "Used memory of this rank's GPU"),
         (GPU_MEMORY_TOTAL_BYTES, Unit::Bytes, "Memory of this rank's GPU"),
         (GPU_UTILIZATION_RATIO, Unit::Count, "Part of the time in which this rank's GPU did something"),
+        (
+            NODE_RANKS_MISSING,
+            Unit::Count,
+            "Ranks of this host whose metrics could not be had; where one rank serves for its host",
+        ),
         (RUN_INFO, Unit::Count, "1, with the run's name, model, version and world size as labels"),
         (RANK_INFO, Unit::Count, "1, with the rank's host, local rank and device as labels"),
     ];

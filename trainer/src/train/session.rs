@@ -1,6 +1,5 @@
 //! What a rank holds while it trains, how it comes by it, and how it is put away.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -21,7 +20,7 @@ use crate::config::{Config, ConfigError, Loaded};
 use crate::data::loader::LoaderPlan;
 use crate::optim::global_norm;
 use crate::params::Layout;
-use crate::telemetry::exporter::{self, Identity};
+use crate::telemetry::exporter::{self, Exporter, Identity};
 use crate::telemetry::names;
 use crate::telemetry::record::{Facts, RankRecord, StepRecord};
 
@@ -38,7 +37,7 @@ pub(super) struct Session {
     /// Step and lowest rank at which the present row of skipped steps began.
     pub(super) first_skipped: (u64, usize),
     samples: Option<Samples>,
-    metrics: Option<SocketAddr>,
+    exporter: Option<Exporter>,
     facts: Facts,
     /// What to say of how the run began.
     said: Vec<String>,
@@ -76,11 +75,8 @@ impl Session {
             features: !config.alignment.z_dims.is_empty(),
             ..LoaderPlan::default()
         };
-        let metrics = match config.telemetry.metrics {
-            true => {
-                let identity = identity(config, comm);
-                Some(exporter::start(config.telemetry.bind, config.telemetry.port, &identity)?)
-            }
+        let exporter = match config.telemetry.metrics {
+            true => Some(exporter::start(&config.telemetry, &identity(config, comm))?),
             false => None,
         };
         let lead = folder
@@ -107,7 +103,7 @@ impl Session {
             state,
             saver,
             board,
-            metrics,
+            exporter,
             facts: facts(config),
             said,
             lead,
@@ -116,13 +112,14 @@ impl Session {
 
     /// Says what begins, and publishes where the metrics are. Called by all ranks.
     pub(super) fn announce(&self, config: &Config, comm: &dyn Communicator) -> Result<(), TrainError> {
-        let mine = self.metrics.map_or_else(String::new, |address| address.to_string());
-        let addresses: Vec<String> = comm
-            .all_gather_bytes(mine.as_bytes())?
-            .iter()
-            .map(|bytes| String::from_utf8_lossy(bytes).into_owned())
-            .filter(|address| !address.is_empty())
-            .collect();
+        let mine = self.exporter.as_ref().map_or_else(String::new, Exporter::told);
+        let gathered = comm.all_gather_bytes(mine.as_bytes())?;
+        let told: Vec<String> =
+            gathered.iter().map(|bytes| String::from_utf8_lossy(bytes).into_owned()).collect();
+        if let Some(exporter) = &self.exporter {
+            exporter.learn(&told, comm.topology());
+        }
+        let addresses = exporter::addresses(&told);
         let Some(lead) = &self.lead else { return Ok(()) };
         let targets = folder::targets(&config.run.dir);
         lead.targets(config, &addresses)?;
@@ -140,7 +137,8 @@ impl Session {
             config.device.0,
         ));
         if let Some(first) = addresses.first() {
-            say(format!("metrics: http://{first}/metrics (rank 0); all ranks in {}", targets.display()));
+            let whose = if config.telemetry.node_port == 0 { "rank 0" } else { "all of rank 0's host" };
+            say(format!("metrics: http://{first}/metrics ({whose}); all addresses in {}", targets.display()));
         }
         match self.state.step {
             0 => say(format!("run: {}, {} steps", config.run.dir.display(), config.train.steps)),
