@@ -4,6 +4,7 @@ use super::{Config, ConfigError, TrainingSamples};
 use crate::checkpoint::storage::{check_url, is_url};
 use crate::model::ModelError;
 use crate::sample::SampleError;
+use crate::telemetry::push;
 
 impl Config {
     /// Checks what can be known without the data, the ranks or the device.
@@ -50,6 +51,7 @@ impl Config {
         below_one("optimizer.beta2", optimizer.beta2)?;
         for (key, value) in [
             ("comm.timeout_seconds", self.comm.timeout_seconds),
+            ("telemetry.push_seconds", self.telemetry.push_seconds),
             ("optimizer.learning_rate", optimizer.learning_rate),
             ("optimizer.epsilon", optimizer.epsilon),
             ("optimizer.max_grad_norm", optimizer.max_grad_norm),
@@ -89,6 +91,11 @@ impl Config {
                 format!("it must be {}", e.wanted),
             )
         })?;
+        let push_url = self.telemetry.push_url.as_str();
+        if !push_url.is_empty() {
+            push::parse(push_url)
+                .map_err(|problem| ConfigError::value("telemetry.push_url", push_url, problem))?;
+        }
         let device = self.device.0.as_str();
         if device != "cpu" && device != "cuda" && cuda_index(device).is_none() {
             return Err(ConfigError::value("device", device, "known are cpu, cuda and cuda:N"));

@@ -14,12 +14,16 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::runtime::Runtime;
 
 use super::node::{Node, Others};
+use super::push::Pusher;
 use super::server::{Listener, serve};
 use super::{host, names};
 use crate::config::TelemetryConfig;
 
 /// Ports that are tried beyond the wanted one.
 const PORTS_TRIED: u16 = 64;
+
+/// Seconds beyond which a period counts as for ever.
+const LONGEST_PERIOD: f64 = 1e9;
 
 /// How often samples of durations are put into their buckets.
 const UPKEEP: Duration = Duration::from_secs(5);
@@ -68,6 +72,9 @@ pub enum ExporterError {
     /// Anything else.
     #[error("cannot serve metrics: {0}; to go without, set telemetry.metrics=false")]
     Start(String),
+    /// There is nothing to push with.
+    #[error("cannot push metrics to telemetry.push_url: {0}")]
+    Push(String),
 }
 
 /// What makes a rank's metrics known. It lives as long as the process.
@@ -79,10 +86,11 @@ pub struct Exporter {
     socket: Option<String>,
     /// The other ranks' sockets, where this rank serves for its host.
     others: Option<Others>,
+    pusher: Option<Pusher>,
 }
 
 /// Starts recording this process's metrics, and serving them: at `telemetry.port` + local rank, or for all ranks of a
-/// host at `telemetry.node_port`, or the next free port.
+/// host at `telemetry.node_port`, or the next free port; and pushing them, where that is asked for.
 ///
 /// # Errors
 /// No port is free, the address is not this host's, or the process already has such a recorder.
@@ -90,7 +98,15 @@ pub fn start(config: &TelemetryConfig, identity: &Identity) -> Result<Exporter, 
     let recorder = recorder(identity).map_err(failed)?;
     let handle = recorder.handle();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
-    let exporter = exporter(config, identity, &handle, &runtime)?;
+    let mut exporter = match config.metrics {
+        true => exporter(config, identity, &handle, &runtime)?,
+        false => Exporter::default(),
+    };
+    if !config.push_url.is_empty() {
+        let period = Duration::from_secs_f64(config.push_seconds.min(LONGEST_PERIOD));
+        let pusher = Pusher::start(&config.push_url, period, identity, handle.clone(), &runtime);
+        exporter.pusher = Some(pusher.map_err(ExporterError::Push)?);
+    }
     runtime.spawn(async move {
         loop {
             tokio::time::sleep(UPKEEP).await;
@@ -201,6 +217,13 @@ impl Exporter {
         let sockets = here.filter_map(|(told, _)| told.split_once(SEPARATOR)).map(|(_, socket)| socket);
         // Told once.
         let _ = others.set(sockets.filter(|socket| !socket.is_empty()).map(str::to_owned).collect());
+    }
+
+    /// Pushes the last state, where metrics are pushed.
+    pub fn finish(&mut self) {
+        if let Some(pusher) = &mut self.pusher {
+            pusher.finish();
+        }
     }
 }
 

@@ -5,6 +5,7 @@ mod host;
 pub mod names;
 mod node;
 pub mod progress;
+pub(crate) mod push;
 pub mod record;
 mod server;
 pub mod tensorboard;

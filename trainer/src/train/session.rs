@@ -75,7 +75,7 @@ impl Session {
             features: !config.alignment.z_dims.is_empty(),
             ..LoaderPlan::default()
         };
-        let exporter = match config.telemetry.metrics {
+        let exporter = match config.telemetry.metrics || !config.telemetry.push_url.is_empty() {
             true => Some(exporter::start(&config.telemetry, &identity(config, comm))?),
             false => None,
         };
@@ -221,8 +221,11 @@ impl Session {
         }
     }
 
-    /// Ends the rank's part: empties the target file and lets go of the folder.
-    pub(super) fn close(self, config: &Config) -> Result<(), TrainError> {
+    /// Ends the rank's part: pushes the last metrics, empties the target file and lets go of the folder.
+    pub(super) fn close(mut self, config: &Config) -> Result<(), TrainError> {
+        if let Some(exporter) = &mut self.exporter {
+            exporter.finish();
+        }
         let Some(lead) = self.lead else { return Ok(()) };
         lead.targets(config, &[])?;
         lead.progress.finish();
