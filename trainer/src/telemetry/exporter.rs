@@ -82,6 +82,8 @@ pub enum ExporterError {
 pub struct Exporter {
     /// Where metrics can be had, under the host's name if that is any of its addresses.
     address: Option<String>,
+    /// The same, as this process reaches it.
+    local: Option<SocketAddr>,
     /// The socket by which the lowest rank of the host gets them.
     socket: Option<String>,
     /// The other ranks' sockets, where this rank serves for its host.
@@ -161,6 +163,7 @@ fn exporter(
     };
     let (listener, address) = bind(config.bind, first)?;
     let listener = Listener::Tcp(listener);
+    exporter.local = Some(address);
     exporter.address = Some(match address.ip().is_unspecified() {
         true => format!("{}:{}", identity.host, address.port()),
         false => address.to_string(),
@@ -204,6 +207,11 @@ fn bind(bind: IpAddr, first: u16) -> Result<(TcpListener, SocketAddr), ExporterE
 const SEPARATOR: char = '\n';
 
 impl Exporter {
+    /// Where this process itself can read the metrics, if it serves any.
+    pub fn local_address(&self) -> Option<SocketAddr> {
+        self.local
+    }
+
     /// What all ranks need to know of this one.
     pub fn told(&self) -> String {
         let [address, socket] = [&self.address, &self.socket].map(|part| part.as_deref().unwrap_or_default());

@@ -20,6 +20,7 @@ mod session;
 mod snapshot;
 mod state;
 mod stop;
+pub mod telemetry_bench;
 mod update;
 mod watch;
 

@@ -81,7 +81,8 @@ impl Session {
         };
         let lead = folder
             .map(|folder| {
-                let lead = Lead::open(config, folder, checkpoints.local_folder(), &board, state.step, comm.host())?;
+                let lead =
+                    Lead::open(config, folder, checkpoints.local_folder(), &board, state.step, comm.host())?;
                 if durable {
                     lead.watch.durable(state.step);
                 }
@@ -292,7 +293,7 @@ fn cuda_device(name: &str, _index: usize) -> Result<Device, TrainError> {
 }
 
 /// What does not change during a run, and metrics follow from.
-fn facts(config: &Config) -> Facts {
+pub(super) fn facts(config: &Config) -> Facts {
     let sit = config.sit();
     Facts {
         steps: config.train.steps,
@@ -303,7 +304,8 @@ fn facts(config: &Config) -> Facts {
     }
 }
 
-fn identity(config: &Config, comm: &dyn Communicator) -> Identity {
+/// Who a rank is, for its metrics.
+pub(super) fn identity(config: &Config, comm: &dyn Communicator) -> Identity {
     let dir = &config.run.dir;
     let run = dir.file_name().map_or_else(|| dir.display().to_string(), |n| n.to_string_lossy().into_owned());
     let model = match config.model.preset.as_str() {
