@@ -213,3 +213,16 @@ pub fn describe() {
         describe_histogram!(name, Unit::Seconds, help);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn every_metric_has_a_help_text() {
+        let (names, described) = include_str!("names.rs").split_once("pub fn describe").expect("both parts");
+        let described: Vec<&str> = described.split(|c: char| !c.is_ascii_uppercase() && c != '_').collect();
+        let names = names.lines().filter_map(|line| line.strip_prefix("pub const ")?.split_once(": &str"));
+        let missing: Vec<&str> =
+            names.map(|(name, _)| name).filter(|name| !described.contains(name)).collect();
+        assert!(missing.is_empty(), "{missing:?}");
+    }
+}
