@@ -48,6 +48,7 @@ soak: build
 
 bench: build
 	$(MPIRUN) $(REPA) bench all-reduce
+	$(MPIRUN) $(REPA) bench telemetry
 	$(REPA) bench data
 	$(REPA) bench start
 	$(REPA) bench import

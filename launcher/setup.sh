@@ -23,6 +23,7 @@ command -v pkg-config >/dev/null 2>&1 || need pkg-config
 # Several hosts in network namespaces.
 if [ "${1:-}" = test ] && ! command -v tc >/dev/null 2>&1; then need iproute2; fi
 if [ "${1:-}" = test ] && ! command -v promtool >/dev/null 2>&1; then need prometheus; fi
+if [ "${1:-}" = test ] && ! command -v prometheus-pushgateway >/dev/null 2>&1; then need prometheus-pushgateway; fi
 
 if [ -n "$packages" ]; then
     command -v apt-get >/dev/null 2>&1 ||

@@ -132,7 +132,7 @@ def cluster():
                   p.target(f"sum by (le) (increase({p.series('repa_step_seconds_bucket')}[$__rate_interval]) {p.JOIN})",
                            "{{le}}", format="heatmap"), height=8, scheme="Spectral", axis={"unit": "s"}),
         p.table("Who is where", "Each rank's address, host and device.", "none",
-                f'{p.series("repa_rank_info", True)} * on (job, instance) group_left (run, model, version) {p.INFO}',
+                f'{p.series("repa_rank_info", True)} * on (job, instance, rank) group_left (run, model, version) {p.INFO}',
                 ["Value"], {"instance": "Address", "node": "Host", "rank": "Rank", "local_rank": "Local rank",
                             "device": "Device", "run": "Run", "model": "Model", "version": "Version"},
                 ["run", "rank", "node", "local_rank", "device", "instance", "model", "version"], sort="Rank"),

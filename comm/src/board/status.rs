@@ -24,10 +24,12 @@ pub enum Phase {
     Idle = 7,
     /// Has nothing more to do.
     Ended = 8,
+    /// Draws sample images.
+    Sampling = 9,
 }
 
 impl Phase {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Starting,
         Self::WaitingForData,
         Self::Computing,
@@ -36,6 +38,7 @@ impl Phase {
         Self::Saving,
         Self::Idle,
         Self::Ended,
+        Self::Sampling,
     ];
 
     pub(super) fn from_code(code: u8) -> Option<Self> {
@@ -54,6 +57,7 @@ impl fmt::Display for Phase {
             Self::Saving => "saving",
             Self::Idle => "between steps",
             Self::Ended => "done",
+            Self::Sampling => "drawing sample images",
         })
     }
 }

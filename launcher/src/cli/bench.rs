@@ -8,6 +8,7 @@ use repa_comm::bench::{BenchOptions, BenchReport};
 use repa_comm::{Options, all_or_first_error, end_with};
 use repa_trainer::data::bench::{self as data_bench, DataBenchOptions, Images};
 use repa_trainer::train::checkpoint_bench::{self, CheckpointBench, CheckpointBenchOptions};
+use repa_trainer::train::telemetry_bench::{self, TelemetryBenchOptions};
 use repa_trainer::train::{bench as step_bench, communicator};
 
 use super::Settings;
@@ -71,6 +72,27 @@ enum Command {
         /// Take turns with steps by which each rank trains by itself, and tell the weak scaling
         #[arg(long)]
         alone: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Time what a step's metrics cost, with the endpoint read all the time, and steps among clients that never read
+    /// their answer
+    Telemetry {
+        #[command(flatten)]
+        settings: Settings,
+        /// Steps whose metrics are published
+        #[arg(long, default_value_t = 1000)]
+        records: usize,
+        /// Steps that are timed in each turn, without clients and with them
+        #[arg(long, default_value_t = 20)]
+        steps: usize,
+        /// Turns
+        #[arg(long, default_value_t = 3)]
+        turns: usize,
+        /// Clients
+        #[arg(long, default_value_t = 50)]
+        clients: usize,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -164,6 +186,10 @@ pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
         Command::Checkpoint { settings, dir, turns, steps, json } => {
             let options = CheckpointBenchOptions { dir: dir.clone(), turns: *turns, steps: *steps };
             checkpoint(settings, &options, *json)
+        }
+        Command::Telemetry { settings, records, steps, turns, clients, json } => {
+            let (records, steps, turns, clients) = (*records, *steps, *turns, *clients);
+            telemetry(settings, TelemetryBenchOptions { records, steps, turns, clients }, *json)
         }
         Command::Data(arguments) => data(arguments),
         Command::Start { dir, samples, json } => {
@@ -290,6 +316,43 @@ fn checkpoint(settings: &Settings, options: &CheckpointBenchOptions, json: bool)
         println!("{:#}", serde_json::to_value(&figures).map_err(Failure::runtime)?);
     } else if comm.rank() == 0 {
         print_checkpoint(&figures);
+    }
+    comm.finalize().map_err(Failure::runtime)?;
+    Ok(Outcome::Done)
+}
+
+fn telemetry(settings: &Settings, options: TelemetryBenchOptions, json: bool) -> Result<Outcome, Failure> {
+    if options.records == 0 || options.steps == 0 || options.turns == 0 {
+        return Err(Failure::usage("--records, --steps and --turns must be above 0"));
+    }
+    let mpi = repa_comm::init(&Options::default()).map_err(Failure::runtime)?;
+    repa_comm::install_panic_hook();
+    let loaded = all_or_first_error(mpi.as_ref(), settings.load().map_err(|e| e.of_rank()))
+        .unwrap_or_else(|e| end_with(mpi.as_ref(), &e));
+    let comm = communicator(&loaded.config, mpi.clone()).unwrap_or_else(|e| end_with(mpi.as_ref(), &e));
+    let figures = telemetry_bench::run(&loaded.config, &comm, options)
+        .unwrap_or_else(|e| repa_comm::abort(i32::from(e.kind().code()), &e.to_string()));
+    if comm.rank() == 0 && json {
+        println!("{:#}", serde_json::to_value(&figures).map_err(Failure::runtime)?);
+    } else if comm.rank() == 0 {
+        println!(
+            "metrics    {:8.1} us a step, 99 % below {:.1} us; {} pages were read meanwhile",
+            1e6 * figures.publish_seconds,
+            1e6 * figures.publish_p99_seconds,
+            figures.pages
+        );
+        println!(
+            "step       {:8.1} ms on {} ranks, of which metrics {:.4} %",
+            1e3 * figures.step_seconds,
+            figures.ranks,
+            100.0 * figures.share
+        );
+        println!(
+            "crowded    {:8.1} ms with {} clients that never read: {:+.1} %",
+            1e3 * figures.crowded_seconds,
+            figures.clients,
+            100.0 * (figures.crowded_seconds / figures.step_seconds - 1.0)
+        );
     }
     comm.finalize().map_err(Failure::runtime)?;
     Ok(Outcome::Done)

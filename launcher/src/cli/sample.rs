@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use clap::Args;
 use repa_trainer::Device;
-use repa_trainer::figures::{GridRow, labelled_grid, write_png};
-use repa_trainer::generate::{Generator, Which, run_config};
+use repa_trainer::figures::{labelled_grid, write_png};
+use repa_trainer::generate::{Generator, Which, class_rows, run_config};
 
 use super::bar;
 use crate::exit::{Failure, Outcome};
@@ -46,14 +46,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     let images = generator.images(&labels, 0, |done| progress.set_position(done as u64))?;
     progress.finish_and_clear();
 
-    let rows: Vec<GridRow> = images
-        .chunks(arguments.per_class.max(1))
-        .enumerate()
-        .map(|(class, images)| GridRow {
-            label: contents.class_names.get(class).cloned().unwrap_or_else(|| format!("class {class}")),
-            images: images.to_vec(),
-        })
-        .collect();
+    let rows = class_rows(contents, &labels, images);
     let solver = &config.sample.solver;
     let title = format!(
         "step {}, {} steps of {:?}, guidance {}",

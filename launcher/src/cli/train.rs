@@ -34,6 +34,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     // Every rank reads its own configuration; a mistake in it is reported once.
     let local = arguments.load().map_err(|e| e.of_rank());
     let loaded = all_or_first_error(mpi.as_ref(), local).unwrap_or_else(|e| end_with(mpi.as_ref(), &e));
+    crate::log::to_stderr(mpi.rank(), loaded.config.telemetry.log);
     let shared = communicator(&loaded.config, mpi.clone()).unwrap_or_else(|e| end_with(mpi.as_ref(), &e));
     let comm = shared.as_ref();
     let mut stop =

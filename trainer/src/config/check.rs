@@ -1,9 +1,10 @@
 //! Values that are of the right type and still cannot work.
 
-use super::{Config, ConfigError};
+use super::{Config, ConfigError, TrainingSamples};
 use crate::checkpoint::storage::{check_url, is_url};
 use crate::model::ModelError;
 use crate::sample::SampleError;
+use crate::telemetry::push;
 
 impl Config {
     /// Checks what can be known without the data, the ranks or the device.
@@ -35,6 +36,7 @@ impl Config {
             return Err(ConfigError::value("checkpoint.best_metric", metric, known));
         }
         positive("sample.batch", self.sample.batch as u64)?;
+        self.check_training_samples()?;
         if train.steps.checked_mul(train.global_batch as u64).is_none_or(|samples| samples >> 56 != 0) {
             return Err(ConfigError::value(
                 "train.steps",
@@ -49,6 +51,7 @@ impl Config {
         below_one("optimizer.beta2", optimizer.beta2)?;
         for (key, value) in [
             ("comm.timeout_seconds", self.comm.timeout_seconds),
+            ("telemetry.push_seconds", self.telemetry.push_seconds),
             ("optimizer.learning_rate", optimizer.learning_rate),
             ("optimizer.epsilon", optimizer.epsilon),
             ("optimizer.max_grad_norm", optimizer.max_grad_norm),
@@ -88,9 +91,32 @@ impl Config {
                 format!("it must be {}", e.wanted),
             )
         })?;
+        let push_url = self.telemetry.push_url.as_str();
+        if !push_url.is_empty() {
+            push::parse(push_url)
+                .map_err(|problem| ConfigError::value("telemetry.push_url", push_url, problem))?;
+        }
         let device = self.device.0.as_str();
         if device != "cpu" && device != "cuda" && cuda_index(device).is_none() {
             return Err(ConfigError::value("device", device, "known are cpu, cuda and cuda:N"));
+        }
+        Ok(())
+    }
+
+    fn check_training_samples(&self) -> Result<(), ConfigError> {
+        let TrainingSamples { classes, per_class, num_steps, .. } = self.sample.training;
+        positive("sample.training.classes", classes as u64)?;
+        positive("sample.training.per_class", per_class as u64)?;
+        positive("sample.training.num_steps", num_steps as u64)?;
+        let most = TrainingSamples::MOST;
+        if classes.checked_mul(per_class).is_none_or(|images| images > most) {
+            let problem =
+                format!("with sample.training.classes = {classes} a grid has more than {most} images");
+            return Err(ConfigError::value("sample.training.per_class", per_class, problem));
+        }
+        if num_steps > 1000 {
+            let problem = "training waits for each grid: it must be 1000 or less";
+            return Err(ConfigError::value("sample.training.num_steps", num_steps, problem));
         }
         Ok(())
     }

@@ -302,6 +302,16 @@ mod tests {
         assert!(text.contains("SiT-Q/2"), "{text}");
         let text = message("model.num_heads=7");
         assert!(text.contains("num_heads") && text.contains('7'), "{text}");
+        for (argument, remedy) in [
+            ("sample.training.classes=0", "1 or more"),
+            ("sample.training.per_class=1000", "more than 1024 images"),
+            ("sample.training.num_steps=5000", "1000 or less"),
+            ("telemetry.push_url=gateway:9091", "http://gateway:9091"),
+            ("telemetry.push_seconds=0", "above 0"),
+        ] {
+            let (key, text) = (argument.split('=').next().expect("a key"), message(argument));
+            assert!(text.contains(key) && text.contains(remedy), "{text}");
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod check;
 mod error;
 mod load;
 mod operation;
+mod sampling;
 
 use std::path::PathBuf;
 
@@ -14,10 +15,10 @@ pub(crate) use check::cuda_index;
 pub use error::ConfigError;
 pub use load::{Loaded, Source, Sources, load};
 pub use operation::{Backend, CheckpointConfig, CommConfig, LogFormat, Progress, TelemetryConfig};
+pub use sampling::{SampleConfig, TrainingSamples};
 
 use crate::model::{Precision, SitConfig};
 use crate::objective::{Path, Weighting};
-use crate::sample::SamplerConfig;
 
 /// Everything that decides a run. Every key has a default, so that a file names only what differs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
@@ -45,7 +46,7 @@ pub struct Config {
     pub checkpoint: CheckpointConfig,
     /// Metrics, progress and logs.
     pub telemetry: TelemetryConfig,
-    /// Sampling after training.
+    /// Sampling, after training and during it.
     pub sample: SampleConfig,
 }
 
@@ -402,26 +403,6 @@ impl Default for OptimizerConfig {
             ema_decay: 0.9999,
             sharding: Sharding::None,
         }
-    }
-}
-
-/// Keys under `sample`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct SampleConfig {
-    /// Samples that go through the model at once.
-    pub batch: usize,
-    /// Seed of the samples.
-    pub seed: u64,
-    /// Weight file of the autoencoder that decodes; empty takes the one that the store names.
-    pub autoencoder: PathBuf,
-    /// Solver and guidance.
-    pub solver: SamplerConfig,
-}
-
-impl Default for SampleConfig {
-    fn default() -> Self {
-        Self { batch: 64, seed: 0, autoencoder: PathBuf::new(), solver: SamplerConfig::default() }
     }
 }
 

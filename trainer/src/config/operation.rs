@@ -104,6 +104,17 @@ pub struct TelemetryConfig {
     pub bind: std::net::IpAddr,
     /// Port of local rank 0; others count on from it.
     pub port: u16,
+    /// Port at which one rank of each host serves the metrics of all ranks there, in place of `port`; 0 for none. The
+    /// next free one if it is taken.
+    pub node_port: u16,
+    /// Address of a Pushgateway, such as http://gateway:9091, that each rank sends its metrics to, also where `metrics`
+    /// is false; empty for none. It is kept with the configuration: leave secrets out.
+    pub push_url: String,
+    /// Seconds between pushes.
+    pub push_seconds: f64,
+    /// Whether rank 0 writes TensorBoard's event files to the run folder's `tensorboard`: curves, and the grids of
+    /// `sample.training`.
+    pub tensorboard: bool,
     /// How rank 0 shows progress.
     pub progress: Progress,
     /// How log lines look, which RUST_LOG chooses: `text` or `json`.
@@ -143,6 +154,10 @@ impl Default for TelemetryConfig {
             metrics: true,
             bind: std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST),
             port: 9400,
+            node_port: 0,
+            push_url: String::new(),
+            push_seconds: 15.0,
+            tensorboard: false,
             progress: Progress::Auto,
             log: LogFormat::Text,
             peak_tflops: 0.0,

@@ -4,8 +4,12 @@ pub mod events;
 pub mod exporter;
 mod host;
 pub mod names;
+mod node;
 pub mod progress;
+pub(crate) mod push;
 pub mod record;
+mod server;
+pub mod tensorboard;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -84,6 +84,8 @@ pub const STRAGGLERS: &str = "repa_stragglers";
 pub const CHECKPOINT_SECONDS: &str = "repa_checkpoint_seconds";
 /// Seconds that copying the state for a checkpoint kept training waiting.
 pub const CHECKPOINT_SNAPSHOT_SECONDS: &str = "repa_checkpoint_snapshot_seconds";
+/// Seconds for which a grid of sample images kept training waiting.
+pub const SAMPLING_SECONDS: &str = "repa_sampling_seconds";
 /// Step of the last durable checkpoint.
 pub const CHECKPOINT_STEP: &str = "repa_checkpoint_step";
 /// When the last checkpoint became durable, in seconds since 1970.
@@ -92,6 +94,8 @@ pub const CHECKPOINT_TIME: &str = "repa_checkpoint_time_seconds";
 pub const FAILED_CHECKPOINTS: &str = "repa_checkpoint_failures_total";
 /// Bytes of checkpoints that this rank has written.
 pub const CHECKPOINT_BYTES: &str = "repa_checkpoint_bytes_total";
+/// Ranks of a host whose metrics its one endpoint could not get; where there is one.
+pub const NODE_RANKS_MISSING: &str = "repa_node_ranks_missing";
 /// 1, with the run's name, model, version and world size as labels.
 pub const RUN_INFO: &str = "repa_run_info";
 /// 1, with the rank's host, local rank and device as labels.
@@ -157,6 +161,11 @@ pub fn describe() {
         (GPU_MEMORY_USED_BYTES, Unit::Bytes, "Used memory of this rank's GPU"),
         (GPU_MEMORY_TOTAL_BYTES, Unit::Bytes, "Memory of this rank's GPU"),
         (GPU_UTILIZATION_RATIO, Unit::Count, "Part of the time in which this rank's GPU did something"),
+        (
+            NODE_RANKS_MISSING,
+            Unit::Count,
+            "Ranks of this host whose metrics could not be had; where one rank serves for its host",
+        ),
         (RUN_INFO, Unit::Count, "1, with the run's name, model, version and world size as labels"),
         (RANK_INFO, Unit::Count, "1, with the rank's host, local rank and device as labels"),
     ];
@@ -198,8 +207,22 @@ pub fn describe() {
         (OPTIMIZER_SECONDS, "Part of a step spent in clipping, AdamW and EMA"),
         (CHECKPOINT_SECONDS, "Time from a checkpoint's snapshot until it was durable, behind training"),
         (CHECKPOINT_SNAPSHOT_SECONDS, "Time for which a checkpoint's snapshot kept training waiting"),
+        (SAMPLING_SECONDS, "Time for which a grid of sample images kept training waiting"),
     ];
     for (name, help) in durations {
         describe_histogram!(name, Unit::Seconds, help);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn every_metric_has_a_help_text() {
+        let (names, described) = include_str!("names.rs").split_once("pub fn describe").expect("both parts");
+        let described: Vec<&str> = described.split(|c: char| !c.is_ascii_uppercase() && c != '_').collect();
+        let names = names.lines().filter_map(|line| line.strip_prefix("pub const ")?.split_once(": &str"));
+        let missing: Vec<&str> =
+            names.map(|(name, _)| name).filter(|name| !described.contains(name)).collect();
+        assert!(missing.is_empty(), "{missing:?}");
     }
 }

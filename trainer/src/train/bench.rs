@@ -174,7 +174,7 @@ impl Stepper {
 
     /// One step, with what there is to tell of a save. Gives the times of the whole, of the backward pass, of exposed
     /// communication and of the optimizer, and what all ranks told.
-    fn step(
+    pub(super) fn step(
         &mut self,
         config: &Config,
         comm: &Arc<dyn Communicator>,

@@ -5,6 +5,7 @@
 //! model alone, so that all ranks agree on it; their size changes no bit, because sums are taken element by
 //! element in rank order.
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -179,6 +180,24 @@ impl Gradients {
             self.data[number] = values;
         }
         Ok(())
+    }
+
+    /// All of an array of which this rank keeps the owned parts, `own`. Called by all ranks, between steps.
+    ///
+    /// # Errors
+    /// The ranks could not talk.
+    pub fn whole<'a>(&self, own: &'a [f32], comm: &dyn Communicator) -> Result<Cow<'a, [f32]>, CommError> {
+        if !self.exchange.sharded {
+            return Ok(Cow::Borrowed(own));
+        }
+        let mut whole = vec![0.0; self.plan.ranges.iter().map(Range::len).sum()];
+        let mut taken = 0;
+        for (bucket, owned) in self.plan.ranges.iter().zip(&self.owned) {
+            whole[owned.clone()].copy_from_slice(&own[taken..taken + owned.len()]);
+            taken += owned.len();
+            comm.all_gather_shards_f32(&mut whole[bucket.clone()])?;
+        }
+        Ok(Cow::Owned(whole))
     }
 }
 

@@ -11,14 +11,17 @@ mod feed;
 mod folder;
 mod gather;
 mod inputs;
+mod lead;
 mod placement;
 mod resume;
+mod samples;
 mod saver;
 mod session;
 mod snapshot;
 mod state;
 mod status;
 mod stop;
+pub mod telemetry_bench;
 mod update;
 mod watch;
 
@@ -67,6 +70,7 @@ pub fn train(
         let asked = end_unless_agreed(session.step(config, comm, stop), comm.as_ref())?;
         let step = session.state.step;
         let last = step == config.train.steps;
+        end_unless_agreed(session.sample(comm.as_ref()), comm.as_ref())?;
         let due = config.checkpoint.every > 0 && step.is_multiple_of(config.checkpoint.every);
         if due || asked.save || asked.stop || last {
             end_unless_agreed(session.save(config, comm.as_ref(), stop), comm.as_ref())?;

@@ -1,20 +1,19 @@
 //! What a rank holds while it trains, how it comes by it, and how it is put away.
 
-use std::net::SocketAddr;
-use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::Instant;
 
-use metrics::gauge;
+use metrics::{gauge, histogram};
 use repa_comm::board::Phase;
 use repa_comm::{Board, Communicator};
 
 use super::buckets::Gradients;
 use super::feed::{Data, Feed};
-use super::folder::{self, RunFolder};
+use super::folder;
+use super::lead::Lead;
 use super::resume::Beginning;
+use super::samples::Samples;
 use super::saver::{Event, Saver};
-use super::watch::{self, Watch};
 use super::{Compute, State, StopRequest, TrainError};
 use crate::Device;
 use crate::config::{Config, ConfigError, Loaded};
@@ -22,11 +21,10 @@ use crate::data::loader::LoaderPlan;
 use crate::exit::Outcome;
 use crate::optim::global_norm;
 use crate::params::Layout;
-use crate::telemetry::events::{EventKind, Events, events_path};
-use crate::telemetry::exporter::{self, Identity};
+use crate::telemetry::events::EventKind;
+use crate::telemetry::exporter::{self, Exporter, Identity};
 use crate::telemetry::names;
-use crate::telemetry::progress::Progress;
-use crate::telemetry::record::{Facts, RankRecord, RunLog, StepRecord, log_path};
+use crate::telemetry::record::{Facts, RankRecord, StepRecord};
 
 /// One rank's part of a run.
 pub(super) struct Session {
@@ -40,7 +38,8 @@ pub(super) struct Session {
     pub(super) skipped_in_a_row: u64,
     /// Step and lowest rank at which the present row of skipped steps began.
     pub(super) first_skipped: (u64, usize),
-    metrics: Option<SocketAddr>,
+    samples: Option<Samples>,
+    exporter: Option<Exporter>,
     facts: Facts,
     /// What to say of how the run began.
     said: Vec<String>,
@@ -50,16 +49,6 @@ pub(super) struct Session {
 
 /// Steps between looks at the weights' norm.
 const NORM_EVERY: u64 = 50;
-
-/// What rank 0 does for all.
-pub(super) struct Lead {
-    /// Held for its lock.
-    _folder: RunFolder,
-    log: RunLog,
-    events: Events,
-    progress: Progress,
-    watch: Watch,
-}
 
 impl Session {
     /// Sets up a rank.
@@ -74,7 +63,7 @@ impl Session {
         board: Arc<Board>,
         beginning: Beginning,
     ) -> Result<Self, TrainError> {
-        let Beginning { folder, checkpoints, placement, state, branch, durable, said } = beginning;
+        let Beginning { folder, checkpoints, placement, state, branch, durable, mut said } = beginning;
         let plan = LoaderPlan {
             seed: config.train.seed,
             start_sample: state.samples,
@@ -88,34 +77,18 @@ impl Session {
             features: !config.alignment.z_dims.is_empty(),
             ..LoaderPlan::default()
         };
-        let metrics = match config.telemetry.metrics {
-            true => {
-                let identity = identity(config, comm);
-                Some(exporter::start(config.telemetry.bind, config.telemetry.port, &identity)?)
-            }
+        let exporter = match config.telemetry.metrics || !config.telemetry.push_url.is_empty() {
+            true => Some(exporter::start(&config.telemetry, &identity(config, comm))?),
             false => None,
         };
         let lead = folder
             .map(|folder| {
-                let io = |path| move |source| TrainError::Folder { path, problem: "write to", source };
-                let path = log_path(&config.run.dir);
-                let log = RunLog::open(&path, state.step).map_err(io(path))?;
-                let events = Events::open(&config.run.dir).map_err(io(events_path(&config.run.dir)))?;
-                let progress = Progress::new(config.telemetry.progress, state.step, config.train.steps);
-                let limit = config.train.step_timeout_seconds;
-                let setting = watch::Setting {
-                    run: config.run.dir.clone(),
-                    checkpoints: checkpoints.local_folder().map(Path::to_owned),
-                    steps: config.train.steps,
-                    limit: (limit > 0.0).then(|| Duration::from_secs_f64(limit.min(super::LONGEST))),
-                    events: events.clone(),
-                };
-                let watch = Watch::start(board.clone(), setting)
-                    .map_err(|e| TrainError::Setup { what: "the watching thread", problem: e.to_string() })?;
+                let lead =
+                    Lead::open(config, folder, checkpoints.local_folder(), &board, state.step, comm.host())?;
                 if durable {
-                    watch.durable(state.step);
+                    lead.watch.durable(state.step);
                 }
-                Ok::<_, TrainError>(Lead { _folder: folder, log, events, progress, watch })
+                Ok::<_, TrainError>(lead)
             })
             .transpose()?;
         let mut saver = Saver::new(config, checkpoints, &layout, placement, &state, branch, comm)?;
@@ -128,11 +101,12 @@ impl Session {
             feed: data.feed(plan)?,
             skipped_in_a_row: 0,
             first_skipped: (0, 0),
+            samples: Samples::open(config, data.index(), &layout, device, &mut said)?,
             layout,
             state,
             saver,
             board,
-            metrics,
+            exporter,
             facts: facts(config),
             said,
             lead,
@@ -141,13 +115,14 @@ impl Session {
 
     /// Says what begins, and publishes where the metrics are. Called by all ranks.
     pub(super) fn announce(&self, config: &Config, comm: &dyn Communicator) -> Result<(), TrainError> {
-        let mine = self.metrics.map_or_else(String::new, |address| address.to_string());
-        let addresses: Vec<String> = comm
-            .all_gather_bytes(mine.as_bytes())?
-            .iter()
-            .map(|bytes| String::from_utf8_lossy(bytes).into_owned())
-            .filter(|address| !address.is_empty())
-            .collect();
+        let mine = self.exporter.as_ref().map_or_else(String::new, Exporter::told);
+        let gathered = comm.all_gather_bytes(mine.as_bytes())?;
+        let told: Vec<String> =
+            gathered.iter().map(|bytes| String::from_utf8_lossy(bytes).into_owned()).collect();
+        if let Some(exporter) = &self.exporter {
+            exporter.learn(&told, comm.topology());
+        }
+        let addresses = exporter::addresses(&told);
         let Some(lead) = &self.lead else { return Ok(()) };
         let targets = folder::targets(&config.run.dir);
         lead.targets(config, &addresses)?;
@@ -167,7 +142,8 @@ impl Session {
         let from = if self.state.step == 0 { "from the beginning" } else { "from a checkpoint" };
         self.note(EventKind::Start, &format!("{from}: {ranks}"));
         if let Some(first) = addresses.first() {
-            say(format!("metrics: http://{first}/metrics (rank 0); all ranks in {}", targets.display()));
+            let whose = if config.telemetry.node_port == 0 { "rank 0" } else { "all of rank 0's host" };
+            say(format!("metrics: http://{first}/metrics ({whose}); all addresses in {}", targets.display()));
         }
         match self.state.step {
             0 => say(format!("run: {}, {} steps", config.run.dir.display(), config.train.steps)),
@@ -193,13 +169,26 @@ impl Session {
         if self.lead.is_some() && (record.step == 1 || record.step.is_multiple_of(NORM_EVERY)) {
             gauge!(names::PARAMETER_NORM).set(global_norm(&self.state.params));
         }
-        let Some(lead) = &mut self.lead else { return Ok(()) };
-        lead.log.write(record).map_err(|source| TrainError::Folder {
-            path: run.run.dir.clone(),
-            problem: "write to",
-            source,
-        })?;
-        lead.progress.step(record);
+        match &mut self.lead {
+            Some(lead) => lead.tell(record, run),
+            None => Ok(()),
+        }
+    }
+
+    /// Draws a grid of sample images, if one is due after this step. Called by all ranks. Comes before the step's save,
+    /// so that a run that goes on from there has no grid to make up for.
+    pub(super) fn sample(&mut self, comm: &dyn Communicator) -> Result<(), TrainError> {
+        let step = self.state.step;
+        let Some(samples) = self.samples.as_ref().filter(|samples| samples.due(step)) else { return Ok(()) };
+        let begun = Instant::now();
+        self.board.publish_phase(Phase::Sampling);
+        let average = self.gradients.whole(&self.state.ema, comm)?;
+        let drawn = samples.draw(&average, step, comm)?;
+        if let (Some(lead), Some(drawn)) = (&mut self.lead, drawn) {
+            lead.show(step, drawn);
+        }
+        histogram!(names::SAMPLING_SECONDS).record(begun.elapsed().as_secs_f64());
+        self.board.publish_phase(Phase::Idle);
         Ok(())
     }
 
@@ -250,28 +239,20 @@ impl Session {
         }
     }
 
-    /// Ends the rank's part: empties the target file and lets go of the folder.
-    pub(super) fn close(self, config: &Config, outcome: Outcome) -> Result<(), TrainError> {
+    /// Ends the rank's part: pushes the last metrics, empties the target file and lets go of the folder.
+    pub(super) fn close(mut self, config: &Config, outcome: Outcome) -> Result<(), TrainError> {
         let text = match outcome {
             Outcome::Done => "all steps are done",
             Outcome::Stopped => "stopped on request, with a durable checkpoint",
         };
         self.note(EventKind::End, text);
+        if let Some(exporter) = &mut self.exporter {
+            exporter.finish();
+        }
         let Some(lead) = self.lead else { return Ok(()) };
         lead.targets(config, &[])?;
         lead.progress.finish();
         Ok(())
-    }
-}
-
-impl Lead {
-    fn targets(&self, config: &Config, addresses: &[String]) -> Result<(), TrainError> {
-        let path = folder::targets(&config.run.dir);
-        exporter::write_targets(&path, addresses).map_err(|source| TrainError::Folder {
-            path,
-            problem: "write to",
-            source,
-        })
     }
 }
 
@@ -334,7 +315,7 @@ fn cuda_device(name: &str, _index: usize) -> Result<Device, TrainError> {
 }
 
 /// What does not change during a run, and metrics follow from.
-fn facts(config: &Config) -> Facts {
+pub(super) fn facts(config: &Config) -> Facts {
     let sit = config.sit();
     Facts {
         steps: config.train.steps,
@@ -345,7 +326,8 @@ fn facts(config: &Config) -> Facts {
     }
 }
 
-fn identity(config: &Config, comm: &dyn Communicator) -> Identity {
+/// Who a rank is, for its metrics.
+pub(super) fn identity(config: &Config, comm: &dyn Communicator) -> Identity {
     let dir = &config.run.dir;
     let run = dir.file_name().map_or_else(|| dir.display().to_string(), |n| n.to_string_lossy().into_owned());
     let model = match config.model.preset.as_str() {

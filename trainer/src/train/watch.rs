@@ -152,12 +152,14 @@ impl Patience {
         Self { limit, step: None, since: Instant::now() }
     }
 
-    /// The time without a step, if that is too long. Saves and what comes before the first step do not count: both may
-    /// take as long as a disk takes.
+    /// The time without a step, if that is too long. Saves, sample images and what comes before the first step do not
+    /// count: they take as long as a disk, or a large model, takes.
     fn look(&mut self, snapshot: &[RankStatus], now: Instant) -> Option<Duration> {
         let known: Vec<&Progress> = snapshot.iter().filter_map(RankStatus::progress).collect();
         let step = known.iter().map(|p| p.step).min().flatten();
-        let excused = known.iter().all(|p| matches!(p.phase, Phase::Saving | Phase::Starting | Phase::Ended));
+        let excused = known
+            .iter()
+            .all(|p| matches!(p.phase, Phase::Saving | Phase::Sampling | Phase::Starting | Phase::Ended));
         if step != self.step || step.is_none() || excused {
             (self.step, self.since) = (step, now);
         }
@@ -273,9 +275,11 @@ mod tests {
         assert_eq!(look(Phase::Computing, Some(2), 115), None);
         assert_eq!(look(Phase::Computing, Some(2), 126), Some(Duration::from_secs(11)));
         let mut patience = Patience::new(Some(limit));
-        let saving = [status(0, Some(7), Phase::Saving, 1), status(1, Some(7), Phase::Saving, 1)];
-        for seconds in [0, 60, 600] {
-            assert_eq!(patience.look(&saving, start + Duration::from_secs(seconds)), None);
+        for phase in [Phase::Saving, Phase::Sampling] {
+            let excused = [status(0, Some(7), phase, 1), status(1, Some(7), phase, 1)];
+            for seconds in [0, 60, 600] {
+                assert_eq!(patience.look(&excused, start + Duration::from_secs(seconds)), None);
+            }
         }
         let mut none = Patience::new(None);
         none.look(&[status(0, Some(1), Phase::Computing, 1)], start);
