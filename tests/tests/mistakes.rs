@@ -1,6 +1,7 @@
 //! What users get wrong: one clear message on any number of ranks, the right exit code, nothing lost.
 
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use repa_tests::{Ended, Running, mpirun, repa_dist, small_model, small_store};
@@ -165,4 +166,14 @@ fn the_printed_configuration_can_be_read_back() {
         text.lines().map(|l| l.split("  #").next().unwrap_or(l).trim_end().to_owned()).collect::<Vec<_>>()
     };
     assert_eq!(values(&first), values(&again));
+}
+
+/// `repa-dist config | head`: the reader goes, and nothing is said of it.
+#[test]
+fn a_closed_pipe_is_no_panic() {
+    let script = format!("set -o pipefail; {} config | true", repa_tests::binary().display());
+    let ended = Running::start(Command::new("bash").args(["-c", &script])).wait(DEADLINE);
+    assert!(ended.stderr.is_empty(), "{}", ended.stderr);
+    // Ended by the signal, or done before the reader went.
+    assert!(ended.code == Some(141) || ended.code == Some(0), "{:?}", ended.code);
 }

@@ -20,7 +20,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 use repa_trainer::config::{Loaded, Source, Sources, load};
 
 use crate::exit::{Failure, Outcome};
@@ -106,6 +106,9 @@ impl Settings {
 
 /// Runs a command.
 pub fn run(arguments: Arguments) -> Result<Outcome, Failure> {
+    if arguments.command.as_ref().is_some_and(Command::only_tells) {
+        end_with_the_reader();
+    }
     match arguments.command {
         None => train::run(&arguments.train),
         Some(Command::Train(arguments)) => train::run(&arguments),
@@ -127,11 +130,31 @@ pub fn run(arguments: Arguments) -> Result<Outcome, Failure> {
     }
 }
 
+impl Command {
+    /// Whether all it does is to tell something: nothing is lost where nobody listens any more.
+    fn only_tells(&self) -> bool {
+        matches!(self, Self::Watch(_) | Self::Report(_) | Self::Estimate(_) | Self::Config(_))
+    }
+}
+
+/// Lets a pipe whose reader has gone end this process, as it ends others (`repa-dist config | head`); Rust's own way is
+/// an error, on which printing panics.
+fn end_with_the_reader() {
+    // SAFETY: no handler is installed, only the system's own way taken, and no other thread runs yet.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+}
+
 /// A progress bar on standard error; where that is no terminal, nothing.
 fn bar(what: &'static str, unit: &'static str) -> ProgressBar {
-    let template =
-        format!("{what} {{wide_bar:.cyan/blue}} {{pos}}/{{len}} {unit}, {{per_sec}}, {{eta}} left");
+    let template = format!("{what} {{wide_bar:.cyan/blue}} {{pos}}/{{len}} {unit}, {{rate}}, {{eta}} left");
     let style = ProgressStyle::with_template(&template).expect("the template is well formed");
+    let style = style.with_key("rate", |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+        // A bar that cannot be written is no error.
+        let _ = match state.per_sec() {
+            rate if rate < 10.0 => write!(out, "{rate:.1}/s"),
+            rate => write!(out, "{rate:.0}/s"),
+        };
+    });
     let bar = ProgressBar::new(0).with_style(style);
     bar.enable_steady_tick(Duration::from_millis(500));
     bar

@@ -104,11 +104,11 @@ mod tests {
         let job = format!("test-{}", std::process::id());
         let start = |by_variable: bool| {
             let mut command = Command::new("sh");
-            // The shell stays, with the words after it as its arguments.
-            command.args(["-c", "sleep 60; :"]).stdout(Stdio::null());
+            command.stdout(Stdio::null()).stderr(Stdio::null());
             match by_variable {
-                true => command.env(MARK, &job),
-                false => command.args([MARK_PARAMETER, &job]),
+                true => command.args(["-c", "sleep 60; :"]).env(MARK, &job),
+                // The shell stays, with the words after it as its arguments, and no child that would outlive it.
+                false => command.args(["-c", "kill -STOP $$", MARK_PARAMETER, &job]),
             };
             command.spawn().expect("started")
         };

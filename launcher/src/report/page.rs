@@ -11,6 +11,7 @@ use crate::run::{Run, Sample, names, now};
 
 /// uPlot (MIT): plots that can be zoomed, without a network.
 const PLOTS: &str = include_str!("../../assets/uplot/uPlot.iife.min.js");
+const PLOTS_LICENCE: &str = include_str!("../../assets/uplot/LICENSE");
 const PLOTS_STYLE: &str = include_str!("../../assets/uplot/uPlot.min.css");
 const SCRIPT: &str = include_str!("../../assets/report.js");
 const STYLE: &str = include_str!("../../assets/report.css");
@@ -60,7 +61,7 @@ pub fn page(runs: &[Run], pictures: usize) -> String {
                     (section("environment", "Environment", &tables::environment(runs, &names)))
                 }
                 script type="application/json" id="data" { (PreEscaped(data)) }
-                script { (PreEscaped(PLOTS)) }
+                script { "/*" (PreEscaped(PLOTS_LICENCE)) "*/" (PreEscaped(PLOTS)) }
                 script { (PreEscaped(SCRIPT)) }
             }
         }
