@@ -83,6 +83,12 @@ def main() -> int:
         for replica in spec["mpiReplicaSpecs"].values():
             pods = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "pods"}}
             kubernetes_validate.validate({**pods, "template": replica["template"]}, VERSION, strict=True)
+            pod = replica["template"]["spec"]
+            volumes = {volume["name"] for volume in pod["volumes"]}
+            mounts = {mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]}
+            if volumes != mounts:
+                print(f"volumes {sorted(volumes)} and mounts {sorted(mounts)} are not the same")
+                return 1
         ranks = spec["slotsPerWorker"] * spec["mpiReplicaSpecs"]["Worker"]["replicas"]
         launcher = spec["mpiReplicaSpecs"]["Launcher"]["template"]["spec"]["containers"][0]
         words = [*launcher["command"], *launcher["args"]]

@@ -175,7 +175,9 @@ impl Slurm {
         let argument = format!("run.dir={}", run.display());
         let trains = |pid: &u32| {
             let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            line.split(|&byte| byte == 0).any(|word| word == argument.as_bytes())
+            let words: Vec<&[u8]> = line.split(|&byte| byte == 0).collect();
+            // What launches them has the same arguments.
+            words.get(1) != Some(&&b"launch"[..]) && words.contains(&argument.as_bytes())
         };
         self.processes("repa-dist").into_iter().filter(trains).collect()
     }
@@ -191,7 +193,8 @@ impl Slurm {
     }
 
     /// Process numbers, on this machine, of the cluster's programs of a name; of all without one.
-    fn processes(&self, name: &str) -> Vec<u32> {
+    #[must_use]
+    pub fn processes(&self, name: &str) -> Vec<u32> {
         let Some(cluster) = process_namespace(self.first) else { return Vec::new() };
         let all = fs::read_dir("/proc").into_iter().flatten().flatten();
         let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse().ok());

@@ -55,6 +55,7 @@ fn the_manifest_fits_the_schemas_and_slips_are_found() {
         ("emptyDir: {medium", "emptyDir: {medum"),
         ("accessModes", "accesModes"),
         ("restartPolicy: OnFailure", "restartPolicy: OnFail"),
+        ("{name: shm, mountPath", "{name: shmem, mountPath"),
     ] {
         assert!(text.contains(right), "no {right} in the manifest");
         let path = folder.path().join("mpijob.yaml");

@@ -1,5 +1,6 @@
 //! `repa-dist launch`.
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -9,7 +10,8 @@ use repa_trainer::train::checkpoints;
 use super::train;
 use crate::exit::{Failure, Outcome};
 use crate::launch::{
-    Agent, Deadlines, Job, LaunchError, Line, Placement, Settings, mark, supervise, usual_stop,
+    Agent, Allocation, Daemons, Deadlines, Job, LaunchError, Line, Placement, Settings, mark, supervise,
+    tasks_of_step, usual_stop,
 };
 
 /// What `launch` takes. What comes after its own options is for `train`.
@@ -17,6 +19,8 @@ use crate::launch::{
 #[command(
     after_help = "Exit codes: 0 done, 2 bad usage or configuration, 3 bad data or checkpoint, 4 gave up, \
     75 stopped on request and saved (the same command goes on).\n\n\
+    Inside a SLURM job (sbatch, salloc), ranks run on the job's hosts, one for each of its tasks, unless hosts are \
+    named; SLURM starts them, without ssh.\n\n\
     Examples:\n  repa-dist launch --local 4 -- train --config configs/sit-b2-repa.toml\n  \
     repa-dist launch --hosts node1:8,node2:8 --elastic -- train --config run.toml train.steps=400000"
 )]
@@ -27,7 +31,7 @@ pub struct Arguments {
     /// The same from a file in mpirun's format (node1 slots=8)
     #[arg(long, value_name = "FILE", group = "where")]
     hostfile: Option<PathBuf>,
-    /// Ranks on this host alone; by default as many as it has cores
+    /// Ranks on this host alone; by default as many as it has cores, or a SLURM job's tasks on its hosts
     #[arg(long, value_name = "RANKS", group = "where")]
     local: Option<usize>,
     /// Print the mpirun line and start nothing
@@ -54,7 +58,7 @@ pub struct Arguments {
     /// Show what ranks above 0 say on standard error, or leave it to their log files
     #[arg(long, value_enum, default_value_t = Logs::Prefix)]
     logs: Logs,
-    /// What mpirun reaches other hosts with, in place of ssh: a program with its options
+    /// What mpirun reaches other hosts with, in place of ssh (in a SLURM job, of srun): a program with its options
     #[arg(long, value_name = "COMMAND")]
     rsh_agent: Option<String>,
     /// Network interface between hosts, for MPI and NCCL (eth0), or for MPI alone the addresses (10.0.0.0/8)
@@ -94,9 +98,17 @@ pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     if std::env::var_os("OMPI_COMM_WORLD_SIZE").is_some() {
         return Err(LaunchError::Nested.into());
     }
-    let placement = arguments.placement()?;
+    // A shell that srun has started (--pty) may well start it.
+    if let Some(tasks) = tasks_of_step().filter(|_| !std::io::stdin().is_terminal()) {
+        return Err(LaunchError::Tasks { tasks }.into());
+    }
+    let around = Allocation::around();
+    let placement = arguments.placement(around.as_ref())?;
     let job = job(&arguments.command)?;
-    let settings = arguments.settings(placement, &job)?;
+    if let Some(around) = around.as_ref().filter(|_| !arguments.names_hosts()) {
+        eprintln!("launch: in SLURM job {}: its allocation is {}", around.job, placement.describe());
+    }
+    let settings = arguments.settings(placement, around.as_ref(), &job)?;
     if arguments.dry_run {
         println!("{}", settings.dry_run(&job));
         return Ok(Outcome::Done);
@@ -129,7 +141,12 @@ fn job(command: &[String]) -> Result<Job, Failure> {
 }
 
 impl Arguments {
-    fn placement(&self) -> Result<Placement, LaunchError> {
+    /// Whether an option says where ranks run.
+    fn names_hosts(&self) -> bool {
+        self.hosts.is_some() || self.hostfile.is_some() || self.local.is_some()
+    }
+
+    fn placement(&self, around: Option<&Allocation>) -> Result<Placement, LaunchError> {
         match (&self.hosts, &self.hostfile, self.local) {
             (Some(words), ..) => Placement::from_list(words),
             (_, Some(file), _) => Placement::from_file(file),
@@ -137,11 +154,39 @@ impl Arguments {
                 Err(LaunchError::NoSlots { origin: "--local 0".into(), host: "this host".into() })
             }
             (.., Some(ranks)) => Ok(Placement::Local(ranks)),
-            (.., None) => Ok(Placement::Local(cores())),
+            (.., None) => around.map_or_else(|| Ok(Placement::Local(cores())), Allocation::placement),
         }
     }
 
-    fn settings(&self, placement: Placement, job: &Job) -> Result<Settings, Failure> {
+    /// How other hosts are reached, by mpirun and by launch itself.
+    fn reach(
+        &self,
+        placement: &Placement,
+        around: Option<&Allocation>,
+    ) -> Result<(Daemons, Agent), LaunchError> {
+        let agent = Agent::new(self.rsh_agent.as_deref())?;
+        let Some(around) = around else { return Ok((Daemons::Agent(self.rsh_agent.clone()), agent)) };
+        let by_slurm = match placement {
+            _ if self.rsh_agent.is_some() => false,
+            Placement::Hosts(hosts) => around.has(hosts),
+            Placement::Local(_) => true,
+        };
+        Ok(match by_slurm {
+            true => {
+                // The line's own would hide it.
+                let given = std::env::var("OMPI_MCA_plm_slurm_args").unwrap_or_default();
+                (Daemons::Slurm(given), Agent::srun(&around.job))
+            }
+            false => (Daemons::AgentInJob(self.rsh_agent.clone()), agent),
+        })
+    }
+
+    fn settings(
+        &self,
+        placement: Placement,
+        around: Option<&Allocation>,
+        job: &Job,
+    ) -> Result<Settings, Failure> {
         let problem =
             |what, problem| move |e: std::io::Error| Failure::usage(format!("{what}: {problem}: {e}"));
         let hang = seconds("--hang-seconds", self.hang_seconds)?;
@@ -150,6 +195,7 @@ impl Arguments {
             None => (2 * hang).max(Duration::from_secs(600)),
         };
         let limit = self.max_hours.map(|hours| seconds("--max-hours", 3600.0 * hours)).transpose()?;
+        let (daemons, agent) = self.reach(&placement, around)?;
         Ok(Settings {
             placement,
             line: Line {
@@ -160,11 +206,11 @@ impl Arguments {
                 bind_to: self.bind_to.clone(),
                 map_by: self.map_by.clone(),
                 interface: self.interface.clone(),
-                agent: self.rsh_agent.clone(),
+                daemons,
                 cores: cores(),
                 root: rustix::process::geteuid().is_root(),
             },
-            agent: Agent::new(self.rsh_agent.as_deref())?,
+            agent,
             max_restarts: self.max_restarts,
             elastic: self.elastic,
             shows_others: self.logs == Logs::Prefix,

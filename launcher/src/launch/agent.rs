@@ -1,4 +1,4 @@
-//! Commands on other hosts, through what mpirun starts its daemons with: ssh, or another agent.
+//! Commands on other hosts, through what mpirun starts its daemons with: ssh, another agent, or SLURM's srun.
 
 use std::io::Read;
 use std::os::unix::process::CommandExt;
@@ -12,12 +12,20 @@ use super::command::quoted;
 use super::error::LaunchError;
 
 /// How long a host may take to answer.
-pub const ANSWER: Duration = Duration::from_secs(10);
+const ANSWER: Duration = Duration::from_secs(10);
+/// The same through SLURM, whose controller may have many steps to start.
+const ANSWER_OF_SLURM: Duration = Duration::from_secs(30);
 
-/// The agent's words, before the host's name.
+/// What runs a command on a host.
 #[derive(Debug, Clone)]
 pub struct Agent {
+    /// Its words, before the host's name.
     words: Vec<String>,
+    /// What stands before the host's name in the same word.
+    before_host: &'static str,
+    /// Words before the command, which is one word for a shell.
+    shell: &'static [&'static str],
+    answer: Duration,
 }
 
 impl Agent {
@@ -32,7 +40,28 @@ impl Agent {
                 text: option.unwrap_or_default().to_owned(),
                 problem: "name a program such as ssh, with its options".into(),
             }),
-            false => Ok(Self { words }),
+            false => Ok(Self { words, before_host: "", shell: &[], answer: ANSWER }),
+        }
+    }
+
+    /// A step of a SLURM job for each command. It waits for no other step's processors, mpirun's among them.
+    pub fn srun(job: &str) -> Self {
+        let words = [
+            "srun",
+            &format!("--jobid={job}"),
+            "--overlap",
+            "--quiet",
+            "--mpi=none",
+            "--nodes=1",
+            "--ntasks=1",
+            "--cpus-per-task=1",
+            "--input=none",
+        ];
+        Self {
+            words: words.map(str::to_owned).to_vec(),
+            before_host: "--nodelist=",
+            shell: &["sh", "-c"],
+            answer: ANSWER_OF_SLURM,
         }
     }
 
@@ -44,7 +73,8 @@ impl Agent {
         let name = &self.words[0];
         let mut child = Command::new(name)
             .args(&self.words[1..])
-            .arg(host)
+            .arg(format!("{}{host}", self.before_host))
+            .args(self.shell)
             .arg(quoted(command))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -62,7 +92,7 @@ impl Agent {
         let status = loop {
             match child.try_wait() {
                 Ok(Some(status)) => break Some(status),
-                Ok(None) if started.elapsed() < ANSWER => std::thread::sleep(Duration::from_millis(10)),
+                Ok(None) if started.elapsed() < self.answer => std::thread::sleep(Duration::from_millis(10)),
                 _ => break None,
             }
         };
@@ -76,7 +106,7 @@ impl Agent {
         let text =
             |from: &mpsc::Receiver<String>| from.recv_timeout(Duration::from_millis(500)).unwrap_or_default();
         let (out, err) = (text(&stdout), text(&stderr));
-        let last = err.trim().lines().next_back().unwrap_or("no message").trim().to_owned();
+        let last = last_line(&err).unwrap_or("no message").to_owned();
         match status.and_then(|status| status.code()) {
             Some(0) => Ok(out),
             // A shell's words for a command that it cannot find or run; 255 and others are ssh's and the agents'.
@@ -87,7 +117,7 @@ impl Agent {
                 Err(Refusal { text: format!("{last} (exit code {code} of {name})"), answered: false, wrong })
             }
             None => Err(Refusal {
-                text: format!("no answer through {name} within {} s", ANSWER.as_secs()),
+                text: format!("no answer through {name} within {} s", self.answer.as_secs()),
                 answered: false,
                 wrong: false,
             }),
@@ -104,6 +134,13 @@ pub struct Refusal {
     pub answered: bool,
     /// Whether trying again cannot help.
     pub wrong: bool,
+}
+
+/// The last line that says something: srun adds the exit code of a command, which is known.
+fn last_line(text: &str) -> Option<&str> {
+    let lines = || text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let adds = |line: &&str| line.starts_with("srun: error: ") && line.contains(": Exited with exit code ");
+    lines().rfind(|line| !adds(line)).or_else(|| lines().next_back())
 }
 
 /// Reads to the end on a thread of its own: something the agent has left behind may keep the pipe open.
@@ -143,5 +180,14 @@ mod tests {
         let none = Agent::new(Some("/nonexistent/agent")).expect("words").run("a", &words(&["true"]));
         assert!(none.expect_err("no agent").text.contains("cannot start"));
         assert!(Agent::new(Some("  ")).is_err());
+    }
+
+    #[test]
+    fn what_srun_adds_is_no_message() {
+        let added = "srun: error: n2: task 0: Exited with exit code 127\n";
+        let text = format!("sh: 1: /x: not found\n{added}");
+        assert_eq!(last_line(&text), Some("sh: 1: /x: not found"));
+        assert_eq!(last_line(added), Some(added.trim()));
+        assert_eq!(last_line("\n"), None);
     }
 }

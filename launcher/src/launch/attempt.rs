@@ -1,5 +1,6 @@
 //! One attempt: mpirun from its start to the end of the last process.
 
+use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -101,6 +102,10 @@ pub fn run(start: &Start, watch: &mut Watch, requests: &mut Requests) -> std::io
         std::thread::sleep(TICK);
     };
     let verdict = conclude(start, &course, status, &readers, &output);
+    if course.has_asked {
+        // One that is left is a person's, who wants no other start: a batch script tells by it.
+        let _ = std::fs::remove_file(start.run.join("STOP"));
+    }
     watch.look_last();
     let unclean = course.forced.is_some() || status.is_none_or(|status| status.code().is_none());
     Ok(Ended { verdict, unclean, first_step: course.first_step })
@@ -177,6 +182,8 @@ struct Course<'a> {
     here_last: Option<Instant>,
     first_step: Option<Instant>,
     stop_sent: Option<Instant>,
+    /// The file STOP is of launch's making.
+    has_asked: bool,
     /// What launch ends the attempt for, and since when.
     forced: Option<(Forced, Instant)>,
     killed: bool,
@@ -193,6 +200,7 @@ impl<'a> Course<'a> {
             here_last: None,
             first_step: None,
             stop_sent: None,
+            has_asked: false,
             forced: None,
             killed: false,
         }
@@ -233,8 +241,8 @@ impl<'a> Course<'a> {
         }
         if self.stop_sent.is_some_and(|at| at.elapsed() > UNHEARD) && self.forced.is_none() {
             // A signal that came before the ranks listened, or mpirun passed signals on, is lost; this file is not. It
-            // asks for the same, and the next start removes it.
-            let _ = std::fs::write(self.start.run.join("STOP"), []);
+            // asks for the same, and a start that is under way removes it once.
+            self.has_asked |= File::create_new(self.start.run.join("STOP")).is_ok();
         }
         self.here = self.mpirun.map(ranks).unwrap_or_default();
         if !self.here.is_empty() {

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use super::hosts::Placement;
+use super::hosts::{Host, Placement, is_here};
 
 /// Names a launch to the processes that belong to it: a variable of mpirun and of the ranks.
 pub const MARK: &str = "REPA_LAUNCH_JOB";
@@ -15,6 +15,17 @@ pub const MARK_PARAMETER: &str = "repa_launch_job";
 pub const RESTARTS: &str = "REPA_RESTARTS";
 /// Tells rank 0 that a person watches, and the width of the terminal.
 pub use repa_trainer::telemetry::progress::TERMINAL;
+
+/// What starts mpirun's daemons on other hosts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Daemons {
+    /// ssh, or another agent, as given.
+    Agent(Option<String>),
+    /// The same although a job of SLURM is around us, which mpirun would ask.
+    AgentInJob(Option<String>),
+    /// The job of SLURM around us: mpirun's srun, which is given these options besides.
+    Slurm(String),
+}
 
 /// What stays the same from attempt to attempt.
 #[derive(Debug, Clone)]
@@ -33,8 +44,8 @@ pub struct Line {
     pub map_by: Option<String>,
     /// Network interface, or addresses (10.0.0.0/8), for MPI between hosts.
     pub interface: Option<String>,
-    /// The agent in place of ssh, as given.
-    pub agent: Option<String>,
+    /// What starts mpirun's daemons.
+    pub daemons: Daemons,
     /// Cores of a host.
     pub cores: usize,
     /// Whether we are root, which mpirun refuses unless told.
@@ -68,13 +79,26 @@ impl Line {
         if let Some(interface) = &self.interface {
             add(&["--mca", "btl_tcp_if_include", interface, "--mca", "oob_tcp_if_include", interface]);
         }
+        if !matches!(self.daemons, Daemons::Agent(_)) {
+            // Hosts and slots are those that we name; mpirun would count all of the job's.
+            add(&["--mca", "ras", "^slurm"]);
+        }
         if let Placement::Hosts(hosts) = placement {
-            if let Some(agent) = &self.agent {
-                add(&["--mca", "plm_rsh_agent", agent]);
+            match &self.daemons {
+                Daemons::Agent(agent) | Daemons::AgentInJob(agent) => {
+                    if let Daemons::AgentInJob(_) = self.daemons {
+                        add(&["--mca", "plm", "rsh"]);
+                    }
+                    if let Some(agent) = agent {
+                        add(&["--mca", "plm_rsh_agent", agent]);
+                    }
+                    // Hosts need not reach each other by ssh, only be reached from here.
+                    add(&["--mca", "plm_rsh_no_tree_spawn", "1"]);
+                }
+                Daemons::Slurm(given) => add(&["--mca", "plm_slurm_args", &srun_options(given, hosts)]),
             }
             let list: Vec<String> = hosts.iter().map(|h| format!("{}:{}", h.host, h.ranks)).collect();
-            // Hosts need not reach each other by ssh, only be reached from here.
-            add(&["--mca", "plm_rsh_no_tree_spawn", "1", "-H", &list.join(",")]);
+            add(&["-H", &list.join(",")]);
         } else if crowded {
             add(&["--oversubscribe"]);
         }
@@ -91,6 +115,14 @@ impl Line {
     pub fn nccl_interface(&self) -> Option<&str> {
         self.interface.as_deref().filter(|interface| !interface.contains('/'))
     }
+}
+
+/// What mpirun's srun is given: it waits for no other step of the job, such as what an attempt has left, and starts
+/// daemons where mpirun needs some.
+fn srun_options(given: &str, hosts: &[Host]) -> String {
+    let others: Vec<&str> =
+        hosts.iter().map(|host| host.host.as_str()).filter(|name| !is_here(name)).collect();
+    format!("{given} --overlap --nodelist={}", others.join(",")).trim_start().to_owned()
 }
 
 fn text(path: &Path) -> String {
@@ -145,7 +177,7 @@ mod tests {
             bind_to: "none".into(),
             map_by: None,
             interface: None,
-            agent: None,
+            daemons: Daemons::Agent(None),
             cores: 4,
             root: false,
         }
@@ -165,7 +197,7 @@ mod tests {
         let hosts = Placement::from_list(&["a:4".into(), "b:2".into()]).expect("hosts");
         let line = Line {
             interface: Some("eth0".into()),
-            agent: Some("/my agent".into()),
+            daemons: Daemons::Agent(Some("/my agent".into())),
             map_by: Some("node".into()),
             root: true,
             ..line()
@@ -178,6 +210,33 @@ mod tests {
              btl_tcp_if_include eth0 --mca oob_tcp_if_include eth0 --mca plm_rsh_agent '/my agent' --mca \
              plm_rsh_no_tree_spawn 1 -H a:4,b:2 -x NCCL_DEBUG -x OMPI_MCA_btl -x REPA_DEVICE -x RUST_LOG --wdir \
              /here -n 6 /bin/repa-dist train"
+        );
+    }
+
+    #[test]
+    fn inside_a_job_the_line_says_what_starts_daemons() {
+        let hosts = ["localhost:4", "192.0.2.7:2", "192.0.2.8"].map(str::to_owned);
+        let hosts = Placement::from_list(&hosts).expect("hosts");
+        let words = |daemons, placement| {
+            let words = quoted(&Line { daemons, ..line() }.words(placement, &[], &[]));
+            let (_, rest) = words.split_once("--bind-to none ").expect("the option");
+            rest.split_once(" --wdir").expect("the option").0.to_owned()
+        };
+        let list = "-H localhost:4,192.0.2.7:2,192.0.2.8:1";
+        let slurm = |given: &str| Daemons::Slurm(given.into());
+        assert_eq!(
+            words(slurm(""), &hosts),
+            format!(
+                "--mca ras '^slurm' --mca plm_slurm_args '--overlap --nodelist=192.0.2.7,192.0.2.8' {list}"
+            )
+        );
+        assert!(words(slurm("-v"), &hosts).contains("plm_slurm_args '-v --overlap --nodelist=192"));
+        assert_eq!(words(slurm(""), &Placement::Local(2)), "--mca ras '^slurm'");
+        assert_eq!(
+            words(Daemons::AgentInJob(Some("x".into())), &hosts),
+            format!(
+                "--mca ras '^slurm' --mca plm rsh --mca plm_rsh_agent x --mca plm_rsh_no_tree_spawn 1 {list}"
+            )
         );
     }
 }

@@ -51,6 +51,25 @@ pub enum LaunchError {
         "launch starts mpirun itself, once for all ranks: run `repa-dist launch` without mpirun around it"
     )]
     Nested,
+    /// `launch` is one of several tasks.
+    #[error(
+        "srun has started {tasks} tasks of launch, which starts the ranks itself: run `repa-dist launch` without srun \
+         around it, once in the job's script or shell"
+    )]
+    Tasks {
+        /// How many.
+        tasks: usize,
+    },
+    /// The job of SLURM around launch does not say where ranks are to run.
+    #[error(
+        "SLURM job {job}: {problem}: name the hosts with --hosts NAME:RANKS,..., or --local RANKS for this one"
+    )]
+    Allocation {
+        /// Its number.
+        job: String,
+        /// What is wrong.
+        problem: String,
+    },
     /// There is no mpirun.
     #[error(
         "cannot start {program}: {source}: install OpenMPI (apt-get install openmpi-bin), or name its mpirun with \

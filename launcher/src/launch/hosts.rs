@@ -127,9 +127,7 @@ pub fn plural(n: usize, what: &str) -> String {
 
 /// Adds ranks on a host; one that is named twice has those of both.
 fn add(hosts: &mut Vec<Host>, origin: &str, name: &str, ranks: usize) -> Result<(), LaunchError> {
-    // What a name can hold, so that a slip is not sent to a shell.
-    let fits = |c: char| c.is_ascii_alphanumeric() || "-._@".contains(c);
-    if name.is_empty() || name.starts_with('-') || !name.chars().all(fits) {
+    if !valid(name) {
         return Err(LaunchError::Host { origin: origin.into(), text: name.into() });
     }
     if ranks == 0 {
@@ -140,6 +138,12 @@ fn add(hosts: &mut Vec<Host>, origin: &str, name: &str, ranks: usize) -> Result<
         None => hosts.push(Host { host: name.into(), ranks }),
     }
     Ok(())
+}
+
+/// Whether a name can be a host's, so that a slip is not sent to a shell.
+pub fn valid(name: &str) -> bool {
+    let fits = |c: char| c.is_ascii_alphanumeric() || "-._@".contains(c);
+    !name.is_empty() && !name.starts_with('-') && name.chars().all(fits)
 }
 
 /// This host's name.
@@ -153,6 +157,10 @@ pub fn is_here(name: &str) -> bool {
     let here = this_host();
     let short = |name: &str| name.split('.').next().unwrap_or_default().to_owned();
     if name == "localhost" || name == here || (!name.contains('.') && name == short(&here)) {
+        return true;
+    }
+    // SLURM may know it by another name.
+    if std::env::var("SLURMD_NODENAME").is_ok_and(|own| own == name) {
         return true;
     }
     // An address that a socket can be bound to is one of ours.

@@ -6,6 +6,7 @@
 //! codes what comes next.
 
 mod agent;
+mod allocation;
 mod attempt;
 mod budget;
 mod check;
@@ -29,8 +30,9 @@ use std::time::Duration;
 use repa_trainer::checkpoint::Checkpoints;
 
 pub use agent::Agent;
+pub use allocation::{Allocation, tasks_of_step};
 pub use attempt::Deadlines;
-pub use command::{Line, MARK, environment};
+pub use command::{Daemons, Line, MARK, environment};
 pub use error::LaunchError;
 pub use hosts::{Placement, this_host};
 pub use processes::reap;

@@ -19,6 +19,9 @@ pub enum Launch {
     Srun,
     /// OpenMPI's, where SLURM has no PMIx
     Mpirun,
+    /// `repa-dist launch`: OpenMPI's, started again inside the job when a rank fails
+    #[value(name = "launch")]
+    Supervised,
 }
 
 /// A training job.

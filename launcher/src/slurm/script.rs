@@ -164,7 +164,10 @@ fn environment(job: &Job) -> String {
 }
 
 fn command(job: &Job) -> String {
-    let mut text = format!("train=(\n    {} train\n", quoted(&job.program));
+    let mut text = match job.launch {
+        Launch::Supervised => "train=(\n    train\n".to_owned(),
+        Launch::Srun | Launch::Mpirun => format!("train=(\n    {} train\n", quoted(&job.program)),
+    };
     for argument in &job.arguments {
         let word = quoted(&argument.text);
         match argument.why {
@@ -193,15 +196,32 @@ fn launch(job: &Job) -> String {
                  launch=(mpirun -n \"$SLURM_NTASKS\" --map-by ppr:{}:node --bind-to none)\n",
                 job.ranks
             );
-            if job.nodes > 1 {
-                text.push_str(
-                    "# On preemption SLURM sends SIGTERM to the ranks and to mpirun's daemons beside them, which would \
-                     end\n# all: the daemons do not listen to it, and the ranks save.\n\
-                     if command -v orted >/dev/null && env --block-signal=TERM true 2>/dev/null; then\n    \
-                     export OMPI_MCA_orte_launch_agent='env --block-signal=TERM orted'\nfi\n",
-                );
-            }
+            text.push_str(daemons(job));
             text
+        }
+        Launch::Supervised => {
+            let mut text = format!(
+                "# launch reads the nodes from SLURM and starts mpirun. When a rank or mpirun fails, it goes on from the \
+                 last\n# checkpoint inside the job; ranks may take all of the notice above to save.\n\
+                 launch=({} launch --grace-seconds={} --)\n",
+                quoted(&job.program),
+                job.notice_seconds
+            );
+            text.push_str(daemons(job));
+            text
+        }
+    }
+}
+
+/// What keeps mpirun's daemons on other nodes up while the ranks save.
+fn daemons(job: &Job) -> &'static str {
+    match job.nodes {
+        1 => "",
+        _ => {
+            "# On preemption SLURM sends SIGTERM to the ranks and to mpirun's daemons beside them, which would end\n# all: \
+             the daemons do not listen to it, and the ranks save.\n\
+             if command -v orted >/dev/null && env --block-signal=TERM true 2>/dev/null; then\n    \
+             export OMPI_MCA_orte_launch_agent='env --block-signal=TERM orted'\nfi\n"
         }
     }
 }
@@ -214,7 +234,7 @@ fn stops(job: &Job) -> String {
          [ -z \"$launcher\" ] || kill -USR1 \"$launcher\"\n}\ntrap stop USR1\n",
     );
     match (job.launch, job.nodes) {
-        (Launch::Mpirun, 1) => text.push_str(
+        (Launch::Mpirun | Launch::Supervised, 1) => text.push_str(
             "# mpirun kills the ranks a second after SIGTERM; SIGUSR1 gives them time.\n\
              trap '[ -n \"$stopping\" ] || stop' TERM\n\
              # On preemption SLURM signals the steps of a job, and on one node mpirun starts none: here is one to \
@@ -242,10 +262,23 @@ fn ending(job: &Job) -> String {
         Some(folder) => quoted_path(folder),
         None => "\"$run/checkpoints\"".to_owned(),
     };
+    let (codes, given_up) = match job.launch {
+        Launch::Srun | Launch::Mpirun => (
+            "# Exit codes: 0 trained; 75 stopped and saved; 2 and 3 wrong settings or data, where starting again \
+             cannot\n# help; anything else (4, a lost rank or node) may be gone at the next start.\n",
+            "",
+        ),
+        Launch::Supervised => (
+            "# Exit codes: 0 trained; 75 stopped and saved; 2 and 3 wrong settings or data, where starting again \
+             cannot\n# help; 4 launch has tried again and given up; anything else (launch was killed) may be gone at \
+             the next start.\n",
+            "    # Ranks that did not save in time after a request to stop have given up nothing.\n    \
+             4) [ -n \"$stopping\" ] || { say \"exit code $code: see the error above; launch has given up\"; exit \
+             \"$code\"; } ;;\n",
+        ),
+    };
     format!(
-        r#"# Exit codes: 0 trained; 75 stopped and saved; 2 and 3 wrong settings or data, where starting again cannot
-# help; anything else (4, a lost rank or node) may be gone at the next start.
-requeue() {{
+        r#"{codes}requeue() {{
     say "$1: to be started again"
     # SLURM ends the daemons of a step that is just over at once, and the PMIx sockets that they would leave are in the
     # next start's way.
@@ -257,7 +290,7 @@ requeue() {{
 case $code in
     0) exit 0 ;;
     2 | 3) say "exit code $code: see the error above; starting again cannot help"; exit "$code" ;;
-    75) stopping=yes ;;
+{given_up}    75) stopping=yes ;;
 esac
 if [ "$run/STOP" -nt "$started" ]; then
     say "stopped by $run/STOP: not started again (remove the file and hand the script in to go on)"
