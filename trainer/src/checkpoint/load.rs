@@ -34,7 +34,11 @@ impl Checkpoint {
                 work[stretch.shard].push((stretch, part));
             }
         }
-        work.into_par_iter().enumerate().try_for_each(|(shard, mut work)| {
+        let mut work: Vec<_> = work.into_iter().enumerate().collect();
+        // Each rank begins elsewhere: the disk has several to read at a time, and each finds in memory what others have
+        // read.
+        work.rotate_left(check.first().copied().unwrap_or(0));
+        work.into_par_iter().try_for_each(|(shard, mut work)| {
             work.sort_unstable_by_key(|(stretch, _)| stretch.offset);
             let needed: u64 = work.iter().map(|(stretch, _)| stretch.end() - stretch.offset).sum();
             if check.contains(&shard) || 2 * needed > self.manifest().shards[shard].bytes {
@@ -56,20 +60,36 @@ impl Checkpoint {
         source.read_through();
         let size = self.manifest().shards[shard].bytes;
         let mut hash = Xxh3::new();
-        let mut buffer = vec![0; AT_ONCE.max(2 * source.worth()).min(size as usize)];
+        let at_once = AT_ONCE.max(2 * source.worth()) as u64;
+        let mut buffer = Vec::new();
         let mut work = work.into_iter().peekable();
         let mut begin = 0;
         while begin < size {
-            let end = size.min(begin + buffer.len() as u64);
-            let bytes = &mut buffer[..(end - begin) as usize];
-            source.read_at(bytes, begin).map_err(error)?;
-            hash.update(bytes);
+            let end = size.min(begin + at_once);
+            // What is wanted whole goes where it is wanted at once.
+            if let Some((stretch, part)) = work.peek_mut()
+                && stretch.offset <= begin
+                && end <= stretch.end()
+            {
+                let part: &mut [u8] = bytemuck::cast_slice_mut(part);
+                let bytes = &mut part[(begin - stretch.offset) as usize..(end - stretch.offset) as usize];
+                source.read_at(bytes, begin).map_err(error)?;
+                hash.update(bytes);
+                if stretch.end() == end {
+                    work.next();
+                }
+                begin = end;
+                continue;
+            }
+            buffer.resize((end - begin) as usize, 0);
+            source.read_at(&mut buffer, begin).map_err(error)?;
+            hash.update(&buffer);
             while let Some((stretch, part)) = work.peek_mut() {
                 let (from, to) = (stretch.offset.max(begin), stretch.end().min(end));
                 if from < to {
                     let part: &mut [u8] = bytemuck::cast_slice_mut(part);
                     part[(from - stretch.offset) as usize..(to - stretch.offset) as usize]
-                        .copy_from_slice(&bytes[(from - begin) as usize..(to - begin) as usize]);
+                        .copy_from_slice(&buffer[(from - begin) as usize..(to - begin) as usize]);
                 }
                 if stretch.end() > end {
                     break;

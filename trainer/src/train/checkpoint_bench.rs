@@ -129,6 +129,9 @@ fn measure(
     let mut bytes = 0;
     for _ in 0..options.turns {
         stepper.state.step += 1;
+        if comm.rank() == 0 {
+            settle();
+        }
         agree(comm, comm.barrier().map_err(TrainError::from))?;
         let memcpy = agree(comm, memcpy(comm, 4 * (4 * params).div_ceil(comm.size())))?;
         agree(comm, comm.barrier().map_err(TrainError::from))?;
@@ -249,12 +252,18 @@ fn memcpy(comm: &dyn Communicator, bytes: usize) -> Result<f64, TrainError> {
     Ok(begun.elapsed().as_secs_f64())
 }
 
+/// Waits until the disks have done with what was removed before, which some file systems tell them block by block.
+fn settle() {
+    rustix::fs::sync();
+}
+
 /// Seconds that dd takes to bring as many bytes to disk.
 fn dd(folder: &Path, bytes: u64) -> Result<f64, CheckpointError> {
     let file = folder.join("dd");
     let error = |source| CheckpointError::Write { path: file.clone(), source };
     // A fresh file, as a checkpoint is.
     let _ = std::fs::remove_file(&file);
+    settle();
     let begun = Instant::now();
     let output = Command::new("dd")
         .args(["if=/dev/zero", "bs=1M", "conv=fsync", "status=none"])
