@@ -7,6 +7,7 @@ mod doctor;
 mod exit;
 mod launch;
 mod log;
+mod program;
 mod report;
 mod run;
 mod slurm;

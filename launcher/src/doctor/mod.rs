@@ -4,7 +4,6 @@
 //! deadline and a thread or a process of its own, so that the page is always printed.
 
 mod clock;
-mod command;
 mod cuda;
 mod disk;
 mod gather;

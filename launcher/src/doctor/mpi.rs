@@ -7,10 +7,10 @@ use std::time::Duration;
 use repa_comm::{Communicator, Launcher};
 
 use super::Line;
-use super::command::{self, Ended, ask, find};
 use super::probe::{DEADLINE, Probe};
 use super::subject::{Subject, plural, processors};
 use crate::launch::{MARK, reap};
+use crate::program::{self, Ended, ask, find};
 
 const TOPIC: &str = "MPI";
 const RANKS: &str = "ranks";
@@ -94,7 +94,7 @@ fn two_ranks(mpirun: &Path) -> Result<Ended, String> {
     let program = std::env::current_exe().map_err(|error| format!("this program: {error}"))?;
     let mut command = Command::new(mpirun);
     command.args(words).arg(program).arg("doctor-probe").env(MARK, &mark);
-    let ended = command::run(&mut command, LAUNCH);
+    let ended = program::run(&mut command, LAUNCH);
     // mpirun's ranks have process groups of their own, and may outlive it.
     if ended.as_ref().is_ok_and(|ended| !ended.is_good()) {
         reap(&mark);
@@ -108,7 +108,7 @@ fn itself() -> Result<Ended, String> {
     let mut command = Command::new(program);
     // A SLURM step without PMIx would be refused again.
     let command = command.arg("doctor-probe").env_remove("SLURM_STEP_NUM_TASKS");
-    command::run(command, DEADLINE + Duration::from_secs(5))
+    program::run(command, DEADLINE + Duration::from_secs(5))
 }
 
 fn read(stdout: &str) -> Option<Probe> {

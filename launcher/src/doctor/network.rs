@@ -6,6 +6,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use repa_comm::board::host_addresses;
+use repa_trainer::telemetry::exporter::PORTS_TRIED;
 
 use super::Line;
 use super::mpi::fabric;
@@ -15,9 +16,6 @@ use crate::launch::this_host;
 const PORTS: &str = "metrics ports";
 const INTERFACES: &str = "interfaces";
 const NAME: &str = "host name";
-
-/// Ports beyond its own that a rank tries.
-const PORTS_TRIED: u16 = 64;
 
 /// How long a name server may take.
 const RESOLVING: Duration = Duration::from_secs(5);

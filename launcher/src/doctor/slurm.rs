@@ -1,8 +1,8 @@
 //! SLURM: the job that this is part of, or the cluster that jobs could be handed to.
 
 use super::Line;
-use super::command::{Ended, ask};
 use super::subject::{Subject, plural};
+use crate::program::{Ended, ask};
 
 const TOPIC: &str = "SLURM";
 const PMIX: &str = "SLURM's PMIx";

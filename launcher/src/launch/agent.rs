@@ -1,15 +1,11 @@
 //! Commands on other hosts, through what mpirun starts its daemons with: ssh, another agent, or SLURM's srun.
 
-use std::io::Read;
-use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
-use std::sync::mpsc;
-use std::time::{Duration, Instant};
-
-use rustix::process::{Pid, Signal, kill_process_group};
+use std::process::Command;
+use std::time::Duration;
 
 use super::command::quoted;
 use super::error::LaunchError;
+use crate::program;
 
 /// How long a host may take to answer.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -71,53 +67,29 @@ impl Agent {
     /// What to say of it, and whether the host answered at all.
     pub fn run(&self, host: &str, command: &[String]) -> Result<String, Refusal> {
         let name = &self.words[0];
-        let mut child = Command::new(name)
-            .args(&self.words[1..])
-            .arg(format!("{}{host}", self.before_host))
-            .args(self.shell)
-            .arg(quoted(command))
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .process_group(0)
-            .spawn()
-            .map_err(|e| Refusal {
-                text: format!("cannot start {name}: {e}"),
-                answered: false,
-                wrong: true,
-            })?;
-        let stdout = collect(child.stdout.take());
-        let stderr = collect(child.stderr.take());
-        let started = Instant::now();
-        let status = loop {
-            match child.try_wait() {
-                Ok(Some(status)) => break Some(status),
-                Ok(None) if started.elapsed() < self.answer => std::thread::sleep(Duration::from_millis(10)),
-                _ => break None,
-            }
-        };
-        if status.is_none() {
-            if let Some(group) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
-                // The agent may have started others, which hold the pipes.
-                let _ = kill_process_group(group, Signal::KILL);
-            }
-            let _ = child.wait();
-        }
-        let text =
-            |from: &mpsc::Receiver<String>| from.recv_timeout(Duration::from_millis(500)).unwrap_or_default();
-        let (out, err) = (text(&stdout), text(&stderr));
-        let last = last_line(&err).unwrap_or("no message").to_owned();
-        match status.and_then(|status| status.code()) {
-            Some(0) => Ok(out),
+        let mut agent = Command::new(name);
+        agent.args(&self.words[1..]).arg(format!("{}{host}", self.before_host));
+        agent.args(self.shell).arg(quoted(command));
+        let ended = program::run(&mut agent, self.answer).map_err(|text| Refusal {
+            text,
+            answered: false,
+            wrong: true,
+        })?;
+        let last = last_line(&ended.stderr).unwrap_or("no message").to_owned();
+        match ended.code {
+            Some(0) => Ok(ended.stdout),
             // A shell's words for a command that it cannot find or run; 255 and others are ssh's and the agents'.
-            Some(code @ (126 | 127)) => Err(Refusal { text: last, answered: true, wrong: code > 0 }),
+            Some(126 | 127) => Err(Refusal { text: last, answered: true, wrong: true }),
             Some(code) => {
                 let unknown = ["Could not resolve", "not known", "Unknown host", "unknown host"];
-                let wrong = unknown.iter().any(|words| err.contains(words));
+                let wrong = unknown.iter().any(|words| ended.stderr.contains(words));
                 Err(Refusal { text: format!("{last} (exit code {code} of {name})"), answered: false, wrong })
             }
             None => Err(Refusal {
-                text: format!("no answer through {name} within {} s", self.answer.as_secs()),
+                text: match ended.late {
+                    true => format!("no answer through {name} within {} s", self.answer.as_secs()),
+                    false => format!("{last} ({name} was killed)"),
+                },
                 answered: false,
                 wrong: false,
             }),
@@ -143,20 +115,6 @@ fn last_line(text: &str) -> Option<&str> {
     lines().rfind(|line| !adds(line)).or_else(|| lines().next_back())
 }
 
-/// Reads to the end on a thread of its own: something the agent has left behind may keep the pipe open.
-fn collect(from: Option<impl Read + Send + 'static>) -> mpsc::Receiver<String> {
-    let (send, receive) = mpsc::channel();
-    std::thread::spawn(move || {
-        let mut bytes = Vec::new();
-        if let Some(mut from) = from {
-            // What came before an error is what there is to show.
-            let _ = from.read_to_end(&mut bytes);
-        }
-        let _ = send.send(String::from_utf8_lossy(&bytes).into_owned());
-    });
-    receive
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -178,7 +136,7 @@ mod tests {
         let gone = agent.run("nowhere", &words(&["true"])).expect_err("no host");
         assert!(!gone.answered && !gone.wrong && gone.text.contains("no route"), "{gone:?}");
         let none = Agent::new(Some("/nonexistent/agent")).expect("words").run("a", &words(&["true"]));
-        assert!(none.expect_err("no agent").text.contains("cannot start"));
+        assert!(none.expect_err("no agent").text.contains("does not start"));
         assert!(Agent::new(Some("  ")).is_err());
     }
 

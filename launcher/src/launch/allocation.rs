@@ -1,9 +1,8 @@
 //! The hosts that SLURM has given the job that launch runs in.
 
-use std::process::{Command, Stdio};
-
 use super::error::LaunchError;
 use super::hosts::{Host, Placement, is_here, valid};
+use crate::program;
 
 /// More ranks than any job has: a slip in a count makes no list without end.
 const MOST: usize = 1 << 20;
@@ -53,17 +52,14 @@ impl Allocation {
     /// Names of its hosts.
     fn names(&self) -> Result<Vec<String>, LaunchError> {
         let command = format!("scontrol show hostnames {}", self.nodes);
-        let output = Command::new("scontrol")
-            .args(["show", "hostnames", &self.nodes])
-            .stdin(Stdio::null())
-            .output()
-            .map_err(|e| self.problem(format!("cannot run `{command}`, which tells its hosts ({e})")))?;
-        if !output.status.success() {
-            let said = String::from_utf8_lossy(&output.stderr).trim().replace('\n', "; ");
-            return Err(self.problem(format!("`{command}` does not tell its hosts ({said})")));
+        let ended = program::ask("scontrol", &["show", "hostnames", &self.nodes]).map_err(|problem| {
+            self.problem(format!("cannot run `{command}`, which tells its hosts ({problem})"))
+        })?;
+        if !ended.is_good() {
+            let problem = format!("`{command}` does not tell its hosts ({})", ended.complaint());
+            return Err(self.problem(problem));
         }
-        let said = String::from_utf8_lossy(&output.stdout);
-        Ok(said.split_whitespace().map(str::to_owned).collect())
+        Ok(ended.stdout.split_whitespace().map(str::to_owned).collect())
     }
 
     fn place(&self, names: &[String]) -> Result<Placement, LaunchError> {

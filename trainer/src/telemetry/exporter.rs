@@ -20,7 +20,7 @@ use super::{host, names};
 use crate::config::TelemetryConfig;
 
 /// Ports that are tried beyond the wanted one.
-const PORTS_TRIED: u16 = 64;
+pub const PORTS_TRIED: u16 = 64;
 
 /// Seconds beyond which a period counts as for ever.
 const LONGEST_PERIOD: f64 = 1e9;
