@@ -6,6 +6,7 @@
   const axis = document.getElementById("axis");
   const smoothing = document.getElementById("smoothing");
   const hidden = new Set();
+  let drawn = [];
   const axes = { step: "step", hours: "hours of training", images: "thousand images" };
   const colour = (run) => data.colours[run % data.colours.length];
   const css = (name) => getComputedStyle(document.body).getPropertyValue(name).trim();
@@ -71,6 +72,7 @@
       hooks: { draw: [marks] },
     };
     const made = new uPlot(options, joined, box);
+    drawn.push(made);
     // The legend tells runs, not the pale lines behind them.
     made.root.querySelectorAll(".u-legend .u-series").forEach((row, s) => {
       if (s > 0 && series[s].run === undefined) row.style.display = "none";
@@ -127,7 +129,9 @@
   }
 
   function draw() {
-    box.replaceChildren();
+    // Takes them off the page, and their listeners with them.
+    drawn.forEach((made) => made.destroy());
+    drawn = [];
     data.quantities.forEach((_, at) => plot(at));
   }
 
