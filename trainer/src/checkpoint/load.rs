@@ -9,9 +9,6 @@ use super::reader::{Checkpoint, Stretch, spread};
 use super::{Array, CheckpointError};
 use crate::params::Layout;
 
-/// Bytes that are read, digested and copied at a time: they stay in a core's cache.
-const AT_ONCE: usize = 1 << 20;
-
 impl Checkpoint {
     /// Reads parts of arrays, as [`Checkpoint::read_ranges`] does for each of `wanted`. The shards `check` are read
     /// whole, and their digests compared; so are those of which more is wanted than not, which costs little then.
@@ -60,7 +57,7 @@ impl Checkpoint {
         source.read_through();
         let size = self.manifest().shards[shard].bytes;
         let mut hash = Xxh3::new();
-        let at_once = AT_ONCE.max(2 * source.worth()) as u64;
+        let at_once = 2 * source.worth() as u64;
         let mut buffer = Vec::new();
         let mut work = work.into_iter().peekable();
         let mut begin = 0;
