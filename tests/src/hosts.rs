@@ -18,6 +18,17 @@ pub struct Hosts {
 static NUMBER: AtomicU32 = AtomicU32::new(0);
 
 impl Hosts {
+    /// So many hosts, or None where this machine cannot have them, and why not is printed.
+    pub fn or_skip(count: usize) -> Option<Self> {
+        match Self::new(count) {
+            Ok(hosts) => Some(hosts),
+            Err(reason) => {
+                eprintln!("skipped: no network namespaces here ({reason})");
+                None
+            }
+        }
+    }
+
     /// Makes `count` hosts.
     ///
     /// # Errors

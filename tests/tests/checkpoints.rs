@@ -283,13 +283,7 @@ fn a_full_disk_costs_a_save_and_not_the_run() {
 /// number of ranks, to the bits of a shared disk.
 #[test]
 fn hosts_with_their_own_disks_save_and_go_on() {
-    let hosts = match Hosts::new(2) {
-        Ok(hosts) => hosts,
-        Err(problem) => {
-            eprintln!("skipped: {problem}");
-            return;
-        }
-    };
+    let Some(hosts) = Hosts::or_skip(2) else { return };
     let here = hosts.folder();
     small_store(&here.join("store"), 23);
     let dir = format!("checkpoint.dir={}", hosts.disk().join("checkpoints").display());

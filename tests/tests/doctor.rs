@@ -356,10 +356,7 @@ fn ranks_of_a_job_print_one_page() {
 
 #[test]
 fn hosts_of_a_job_share_a_page() {
-    let hosts = match Hosts::new(2) {
-        Ok(hosts) => hosts,
-        Err(reason) => return eprintln!("skipped: no network namespaces here ({reason})"),
-    };
+    let Some(hosts) = Hosts::or_skip(2) else { return };
     small_store(&hosts.folder().join("store"), 12);
     let mut arguments = vec!["doctor".to_owned(), "--quick".into(), "--json".into()];
     arguments.extend(small_model(&hosts.folder().join("store"), &hosts.folder().join("run")));

@@ -10,20 +10,9 @@ use repa_tests::{Running, log, loss_difference, mpirun, run_in, small_model, sma
 
 const DEADLINE: Duration = Duration::from_secs(120);
 
-/// Hosts, or why there are none.
-fn hosts(count: usize) -> Option<Hosts> {
-    match Hosts::new(count) {
-        Ok(hosts) => Some(hosts),
-        Err(reason) => {
-            eprintln!("skipped: no network namespaces here ({reason})");
-            None
-        }
-    }
-}
-
 #[test]
 fn three_hosts_train_to_the_losses_of_one() {
-    let Some(hosts) = hosts(3) else { return };
+    let Some(hosts) = Hosts::or_skip(3) else { return };
     let here = hosts.folder();
     small_store(&here.join("store"), 23);
     let train = |name: &str, command: &dyn Fn(&[&str]) -> Command, more: &[&str]| {
@@ -73,7 +62,7 @@ fn endless(hosts: &Hosts) -> Running {
 /// mpirun sees it and ends the others.
 #[test]
 fn a_rank_that_is_killed_ends_the_job() {
-    let Some(hosts) = hosts(2) else { return };
+    let Some(hosts) = Hosts::or_skip(2) else { return };
     let running = endless(&hosts);
     let killed = Instant::now();
     let status = Command::new("kill").args(["-s", "KILL", &hosts.ranks(2)[0]]).status().expect("kill runs");
@@ -89,7 +78,7 @@ fn a_rank_that_is_killed_ends_the_job() {
 /// minutes: what starts it has to end it.
 #[test]
 fn a_link_that_goes_down_ends_all_ranks() {
-    let Some(hosts) = hosts(2) else { return };
+    let Some(hosts) = Hosts::or_skip(2) else { return };
     let running = endless(&hosts);
     hosts.cut(2).expect("cut");
     let cut = Instant::now();

@@ -201,22 +201,11 @@ fn a_run_survives_its_ranks_and_mpirun() {
     assert!(said.contains("2 ranks on 1 host") && !said.contains("[1,0]"), "{said}");
 }
 
-/// Hosts, or why there are none.
-fn hosts(count: usize) -> Option<Hosts> {
-    match Hosts::new(count) {
-        Ok(hosts) => Some(hosts),
-        Err(reason) => {
-            eprintln!("skipped: no network namespaces here ({reason})");
-            None
-        }
-    }
-}
-
 /// A host's link goes down. Without `--elastic` the run waits until the host is back; with it, it goes on with the
 /// two that are left.
 #[test]
 fn a_host_that_is_lost_is_waited_for_or_left_out() {
-    let Some(hosts) = hosts(3) else { return };
+    let Some(hosts) = Hosts::or_skip(3) else { return };
     let here = hosts.folder();
     small_store(&here.join("store"), 23);
     for elastic in [false, true] {

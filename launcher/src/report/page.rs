@@ -126,7 +126,7 @@ fn samples(runs: &[Run], names: &[String], pictures: usize) -> Markup {
 
 fn picture(sample: &Sample) -> Markup {
     let label = match sample.step {
-        Some(step) => format!("step {}", tables::whole(step)),
+        Some(step) => format!("step {}", tables::count(step)),
         None => sample.path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
     };
     html! {

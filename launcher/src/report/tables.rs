@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use maud::{Markup, html};
+use repa_trainer::figures::whole;
 use repa_trainer::telemetry::events::{Event, EventKind};
 use repa_trainer::telemetry::record::StepRecord;
 
@@ -34,8 +35,8 @@ pub fn overview(runs: &[Run], names: &[String]) -> Markup {
         ("model", |s| s.model.clone()),
         ("ranks", |s| s.ranks.map_or_else(|| "-".into(), |n| n.to_string())),
         ("steps", |s| match s.steps {
-            Some(steps) => format!("{} of {}", whole(s.step), whole(steps)),
-            None => whole(s.step),
+            Some(steps) => format!("{} of {}", count(s.step), count(steps)),
+            None => count(s.step),
         }),
         ("training time", |s| seconds(s.seconds)),
         ("images/s", |s| format!("{:.1}", s.images_per_second)),
@@ -114,7 +115,7 @@ pub fn checkpoints(runs: &[Run], names: &[String]) -> Markup {
                     tbody {
                         @for saved in &run.checkpoints {
                             tr {
-                                td { (whole(saved.step)) }
+                                td { (count(saved.step)) }
                                 td { (saved.time.map_or_else(|| "-".into(), moment)) }
                                 td { (format!("{:.1} MB", saved.bytes as f64 / 1e6)) }
                                 td { (saved.world_size) }
@@ -157,7 +158,7 @@ pub fn events(runs: &[Run], names: &[String]) -> Markup {
 }
 
 fn attempt(attempt: &crate::launch::Record) -> Markup {
-    let number = |x: Option<u64>| x.map_or_else(|| "?".into(), whole);
+    let number = |x: Option<u64>| x.map_or_else(|| "?".into(), count);
     let why = attempt.why.and_then(|why| serde_json::to_value(why).ok());
     let why = why.and_then(|why| Some(why.as_str()?.to_owned())).unwrap_or_else(|| "goes on".into());
     html! {
@@ -179,7 +180,7 @@ fn line(event: &Event) -> Markup {
     html! {
         tr {
             td { (moment(event.time)) }
-            td { "step " (whole(event.step)) }
+            td { "step " (count(event.step)) }
             td.bad[bad] { (event.text) }
         }
     }
@@ -245,17 +246,9 @@ fn percent(share: f64) -> String {
     format!("{:.1} %", 100.0 * share)
 }
 
-/// A whole number with its thousands apart.
-pub fn whole(n: u64) -> String {
-    let digits = n.to_string();
-    let mut text = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
+/// A count with its thousands apart.
+pub fn count(n: u64) -> String {
+    whole(n as f64)
 }
 
 /// Seconds since 1970 as date and time, UTC.

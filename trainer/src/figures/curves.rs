@@ -152,7 +152,7 @@ fn draw_panel(panel: &Area, what: &Panel, (strong, pale): (RGBColor, RGBColor)) 
     match &curves[..] {
         [curve] => {
             if let Some(end) = curve.smooth().last() {
-                let latest = format!("{} at step {}", value_text(end.1, decimals + 2), whole_text(last));
+                let latest = format!("{} at step {}", value_text(end.1, decimals + 2), whole(last));
                 write(&header, &latest, (right, 18), 17.0, &strong, HPos::Right)?;
             }
             let mean = format!("mean over {} steps", curve.window);
@@ -190,7 +190,7 @@ fn draw_panel(panel: &Area, what: &Panel, (strong, pale): (RGBColor, RGBColor)) 
         .y_label_offset(px(3))
         .x_labels(6)
         .y_labels(8)
-        .x_label_formatter(&|step| whole_text(*step))
+        .x_label_formatter(&|step| whole(*step))
         .y_label_formatter(&|value| value_text(*value, decimals))
         .label_style(labels.clone())
         .axis_desc_style(labels)
@@ -296,8 +296,8 @@ fn value_text(value: f64, decimals: usize) -> String {
     }
 }
 
-/// A whole number with its thousands apart.
-fn whole_text(value: f64) -> String {
+/// A number without its fraction, and its thousands apart.
+pub fn whole(value: f64) -> String {
     let digits = format!("{value:.0}");
     let mut text = String::new();
     for (i, digit) in digits.chars().enumerate() {
@@ -392,7 +392,7 @@ mod tests {
 
     #[test]
     fn numbers_read_well() {
-        assert_eq!([0.0, 999.0, 1000.0, 1234567.0].map(whole_text), ["0", "999", "1,000", "1,234,567"]);
+        assert_eq!([0.0, 999.0, 1000.0, 1234567.0].map(whole), ["0", "999", "1,000", "1,234,567"]);
         assert_eq!([0.1, 0.8, 1.6, 500.0].map(tick_decimals), [2, 1, 1, 0]);
         assert_eq!([-0.8125, -1e-9].map(|x| value_text(x, 2)), ["-0.81", "0.00"]);
     }

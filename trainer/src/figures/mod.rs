@@ -6,7 +6,7 @@ mod npz;
 mod output;
 mod text;
 
-pub use curves::{Panel, Series, loss_curves};
+pub use curves::{Panel, Series, loss_curves, whole};
 pub use grid::{GridRow, labelled_grid};
 pub use npz::NpzWriter;
 pub use output::write_png;

@@ -113,7 +113,8 @@ pub fn run(
     })
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
+/// The middle one of some times, of which there is one at least.
+pub(super) fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
 }
@@ -259,11 +260,11 @@ fn batch(config: &Config, index: &Index, comm: &dyn Communicator) -> Batch {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    #[test]
-    fn steps_are_timed_and_the_parts_make_the_whole() {
+    /// A model that takes milliseconds.
+    pub(in crate::train) fn small() -> Config {
         let mut config = Config::default();
         config.model.input_size = 8;
         config.model.hidden_size = 32;
@@ -274,6 +275,12 @@ mod tests {
         config.alignment.z_dims = vec![12];
         config.train.global_batch = 4;
         config.train.threads = 1;
+        config
+    }
+
+    #[test]
+    fn steps_are_timed_and_the_parts_make_the_whole() {
+        let config = small();
         let comm: Arc<dyn Communicator> = Arc::new(repa_comm::Single::new());
         let figures = run(&config, &comm, 5, true).unwrap();
         let alone = figures.alone.as_ref().unwrap();

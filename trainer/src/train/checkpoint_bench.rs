@@ -13,7 +13,7 @@ use repa_comm::{Communicator, ReduceOp, RemoteError};
 use rustix::fs::{Advice, fadvise};
 use serde::Serialize;
 
-use super::bench::Stepper;
+use super::bench::{Stepper, median};
 use super::gather::{self, Search, Wanted};
 use super::placement::Placement;
 use super::saver::Saver;
@@ -197,11 +197,6 @@ fn measure(
     })
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
 /// The slowest rank's times.
 fn slowest<const N: usize>(comm: &dyn Communicator, mut times: [f64; N]) -> Result<[f64; N], TrainError> {
     comm.all_reduce_f64(&mut times, ReduceOp::Max)?;
@@ -310,20 +305,13 @@ fn forget_all(checkpoints: &Checkpoints, step: u64) -> Result<(), CheckpointErro
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::train::bench::tests::small;
     use repa_comm::Single;
 
     #[test]
     fn everything_is_measured_and_nothing_is_left_behind() {
-        let mut config = Config::default();
-        config.model.input_size = 8;
-        config.model.hidden_size = 32;
-        config.model.depth = 2;
-        config.model.num_heads = 2;
-        config.alignment.encoder_depth = 1;
-        config.alignment.projector_dim = 16;
-        config.alignment.z_dims = vec![12];
+        let mut config = small();
         config.train.global_batch = 2;
-        config.train.threads = 1;
         let folder = tempfile::tempdir().unwrap();
         let options = CheckpointBenchOptions { dir: folder.path().to_owned(), turns: 2, steps: 2 };
         let comm: Arc<dyn Communicator> = Arc::new(Single::new());

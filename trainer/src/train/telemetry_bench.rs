@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use repa_comm::{Communicator, ReduceOp};
 use serde::Serialize;
 
-use super::bench::Stepper;
+use super::bench::{Stepper, median};
 use super::compute::Details;
 use super::saver::Word;
 use super::{TrainError, session};
@@ -127,11 +127,6 @@ fn setup(what: &'static str, problem: &str) -> TrainError {
     TrainError::Setup { what, problem: problem.to_owned() }
 }
 
-fn median(mut times: Vec<f64>) -> f64 {
-    times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
-}
-
 /// A step that has something to say of everything.
 fn records(config: &Config, comm: &dyn Communicator) -> (StepRecord, RankRecord) {
     let record = StepRecord {
@@ -233,20 +228,12 @@ impl Drop for Reader {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::train::bench::tests::small;
     use repa_comm::Single;
 
     #[test]
     fn metrics_and_steps_are_timed() {
-        let mut config = Config::default();
-        config.model.input_size = 8;
-        config.model.hidden_size = 32;
-        config.model.depth = 2;
-        config.model.num_heads = 2;
-        config.alignment.encoder_depth = 1;
-        config.alignment.projector_dim = 16;
-        config.alignment.z_dims = vec![12];
-        config.train.global_batch = 4;
-        config.train.threads = 1;
+        let mut config = small();
         // Any.
         config.telemetry.port = 0;
         let comm: Arc<dyn Communicator> = Arc::new(Single::new());
