@@ -13,6 +13,7 @@ pub mod agreement;
 pub mod bench;
 pub mod board;
 mod communicator;
+pub mod copy;
 pub mod environment;
 mod error;
 mod mpi;

@@ -9,7 +9,6 @@ mod hierarchy;
 mod messages;
 mod raw;
 mod shared;
-mod stream;
 mod thread;
 
 use crate::communicator::PendingState;

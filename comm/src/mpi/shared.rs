@@ -7,8 +7,8 @@
 //! for another that is a little behind.
 
 use super::raw::check;
-use super::stream;
 use crate::communicator::ReduceOp;
+use crate::copy;
 use crate::reduce::{Element, Phases, Pieces, fold};
 use crate::waiter::Waiter;
 use crate::{Collective, CommError};
@@ -156,7 +156,7 @@ impl SharedMemory {
         let pieces = Pieces::new::<T>(data.len(), self.size, self.chunk_bytes);
         let width = pieces.piece * size_of::<T>();
         let (rank, size, base) = (self.rank, self.size, self.steps);
-        let past = stream::pays(size_of_val(&data[pieces.of(0, 0)]));
+        let past = copy::pays(size_of_val(&data[pieces.of(0, 0)]));
         let others = || (1..size).map(move |step| (rank + step) % size);
 
         let put_inputs = |data: &[T], step: usize| {
@@ -166,7 +166,7 @@ impl SharedMemory {
                     let slot = self.input(rank, peer, base + step as u64, width).cast::<T>();
                     // SAFETY: the slot holds a piece; only this rank writes it, and its readers of two steps ago are
                     // done (all results of the last step but one were waited for).
-                    unsafe { stream::copy(values.as_ptr(), slot, values.len(), past) };
+                    unsafe { copy::copy(values.as_ptr(), slot, values.len(), past) };
                 }
             }
             self.counter(rank, INPUT_READY).store(base + step as u64 + 1, Ordering::Release);
@@ -212,7 +212,7 @@ impl SharedMemory {
                 if phases.gathers() {
                     // SAFETY: within this rank's result slot; its readers of two steps ago have since counted
                     // inputs that were waited for.
-                    unsafe { stream::copy(values.as_ptr(), result.add(offset), values.len(), past) };
+                    unsafe { copy::copy(values.as_ptr(), result.add(offset), values.len(), past) };
                 }
             };
             if phases.reduces() {

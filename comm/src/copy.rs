@@ -1,8 +1,19 @@
-//! Copies into memory that another processor reads next.
+//! Copies past the caches: into memory that another processor reads next, or nobody soon.
+
+/// Copies values into as many, past the caches where that pays. What is copied is better not read soon; a plain copy
+/// reads all that it overwrites first, and leaves it in the caches in the place of what was there.
+///
+/// # Panics
+/// The lengths differ.
+pub fn past_caches<T: Copy>(from: &[T], to: &mut [T]) {
+    assert_eq!(from.len(), to.len(), "a copy has as many elements");
+    // SAFETY: both are slices of as many values, and apart, as one is borrowed mutably.
+    unsafe { copy(from.as_ptr(), to.as_mut_ptr(), from.len(), pays(size_of_val(from))) };
+}
 
 /// Whether a piece of so many bytes is long enough for copies past the caches. A shorter one is over before
 /// memory would be.
-pub(super) fn pays(bytes: usize) -> bool {
+pub(crate) fn pays(bytes: usize) -> bool {
     bytes >= 32 << 10
 }
 
@@ -14,7 +25,7 @@ pub(super) fn pays(bytes: usize) -> bool {
 ///
 /// # Safety
 /// As for [`std::ptr::copy_nonoverlapping`].
-pub(super) unsafe fn copy<T: Copy>(from: *const T, to: *mut T, len: usize, past: bool) {
+pub(crate) unsafe fn copy<T: Copy>(from: *const T, to: *mut T, len: usize, past: bool) {
     #[cfg(target_arch = "x86_64")]
     if past {
         // SAFETY: the caller's word; the same bytes.
@@ -55,6 +66,14 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
+        #[test]
+        fn slices_are_copied(len in 0usize..20_000) {
+            let from: Vec<f32> = (0..len).map(|i| i as f32).collect();
+            let mut to = vec![-1.0; len];
+            past_caches(&from, &mut to);
+            prop_assert_eq!(from, to);
+        }
+
         #[test]
         fn every_byte_is_copied_and_no_other(
             len in 0usize..3000,
