@@ -89,7 +89,8 @@ fn learned(run: &Path) -> Vec<Vec<u32>> {
     let found = found.checkpoint.expect("a checkpoint");
     let config: Config = serde_json::from_value(found.manifest().config.clone()).expect("a configuration");
     let layout = config.sit().layout();
-    let bits = |array| found.read(&layout, array).expect("readable").into_iter().map(f32::to_bits).collect();
+    let values = |array| found.read(&layout, array).expect("readable");
+    let bits = |array| values(array).iter().map(|value| value.to_bits()).collect();
     Array::ALL.into_iter().map(bits).collect()
 }
 

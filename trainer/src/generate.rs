@@ -14,6 +14,7 @@ use crate::data::{
     store::{Index, StoreError, StoreSpec},
 };
 use crate::figures::GridRow;
+use crate::flat;
 use crate::images::{self, Image};
 use crate::model::Sit;
 use crate::params::{Layout, Params};
@@ -125,7 +126,7 @@ impl Generator {
         let index = store.index().clone();
         let layout = Arc::new(config.sit().layout());
         let (flat, step) = match which {
-            Which::Initial => (layout.initial_values(config.train.seed), 0),
+            Which::Initial => (flat::copied(&layout.initial_values(config.train.seed)), 0),
             Which::Ema | Which::Model => {
                 let checkpoint = crate::train::checkpoints(config)
                     .latest()?

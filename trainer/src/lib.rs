@@ -10,6 +10,7 @@ pub mod estimate;
 pub mod evaluate;
 pub mod exit;
 pub mod figures;
+pub mod flat;
 pub mod generate;
 pub mod images;
 pub mod model;

@@ -19,6 +19,9 @@ pub mod reference;
 mod retention;
 mod shard;
 pub mod storage;
+mod stream;
+#[cfg(test)]
+mod stream_tests;
 mod tensors;
 #[cfg(test)]
 mod tests;

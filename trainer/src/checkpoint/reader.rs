@@ -10,6 +10,7 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 use super::manifest::{FORMAT, MANIFEST, MANIFEST_DIGEST, Shard, VERSION};
 use super::storage::{Source, Storage, name, read_small};
 use super::{Array, CheckpointError, Manifest, Piece, Progress, TensorRecord, split};
+use crate::flat::{Flat, Part};
 use crate::params::Layout;
 
 /// A complete checkpoint.
@@ -37,6 +38,11 @@ impl Stretch {
     /// The first byte in the shard that is not its.
     pub(super) fn end(&self) -> u64 {
         self.offset + (self.len * size_of::<f32>()) as u64
+    }
+
+    /// Whether another goes on where this one ends, in the shard and in the output.
+    fn precedes(&self, next: &Self) -> bool {
+        self.shard == next.shard && self.end() == next.offset && self.at + self.len == next.at
     }
 }
 
@@ -175,7 +181,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// The checkpoint is of another model, or cannot be read.
-    pub fn read(&self, layout: &Layout, array: Array) -> Result<Vec<f32>, CheckpointError> {
+    pub fn read(&self, layout: &Layout, array: Array) -> Result<Flat, CheckpointError> {
         self.read_ranges(layout, array, std::slice::from_ref(&(0..layout.trainable_len())))
     }
 
@@ -189,18 +195,15 @@ impl Checkpoint {
         layout: &Layout,
         array: Array,
         ranges: &[Range<usize>],
-    ) -> Result<Vec<f32>, CheckpointError> {
-        self.check(layout, array)?;
-        let mut out = vec![0.0f32; ranges.iter().map(Range::len).sum()];
-        let stretches = self.stretches(layout, array, ranges);
-        self.fill(&stretches, &mut out)?;
-        Ok(out)
+    ) -> Result<Flat, CheckpointError> {
+        let [values] = self.read_parts(layout, [(array, ranges)], &|_, _| None, None)?;
+        Ok(values)
     }
 
     /// Where the elements of an array's ranges lie, in the order in which they fill an output that has them one
-    /// after the other. [`Checkpoint::check`] has to have passed.
+    /// after the other. What follows on each other in a shard is one stretch. [`Checkpoint::check`] has to have passed.
     pub(crate) fn stretches(&self, layout: &Layout, array: Array, ranges: &[Range<usize>]) -> Vec<Stretch> {
-        let mut stretches = Vec::new();
+        let mut stretches: Vec<Stretch> = Vec::new();
         let mut begin = 0;
         let trainable: Vec<_> = layout.entries().iter().filter(|e| e.trainable).collect();
         for range in ranges {
@@ -211,12 +214,16 @@ impl Checkpoint {
                     let wanted = range.start.max(offset + piece.start)..range.end.min(offset + piece.end);
                     if !wanted.is_empty() {
                         let skipped = (wanted.start - offset - piece.start) * size_of::<f32>();
-                        stretches.push(Stretch {
+                        let next = Stretch {
                             shard: piece.shard,
                             offset: piece.offset + skipped as u64,
                             at: begin + wanted.start - range.start,
                             len: wanted.len(),
-                        });
+                        };
+                        match stretches.last_mut() {
+                            Some(last) if last.precedes(&next) => last.len += next.len,
+                            _ => stretches.push(next),
+                        }
                     }
                 }
             }
@@ -225,36 +232,25 @@ impl Checkpoint {
         stretches
     }
 
-    /// Reads stretches, in parallel. They are in the order of the output, and cover it.
-    fn fill(&self, stretches: &[Stretch], out: &mut [f32]) -> Result<(), CheckpointError> {
-        let mut work = spread(stretches, out);
-        work.sort_unstable_by_key(|(stretch, _)| (stretch.shard, stretch.offset));
-        work.chunk_by_mut(|a, b| a.0.shard == b.0.shard)
-            .par_bridge()
-            .try_for_each(|work| self.fill_from(work[0].0.shard, work))
-    }
-
     /// Reads stretches of one shard, by ascending offset, in parallel. Neighbours are read together, so that a place
     /// that takes its time for every read is asked for few.
-    pub(super) fn fill_from(
-        &self,
-        shard: usize,
-        work: &mut [(Stretch, &mut [f32])],
-    ) -> Result<(), CheckpointError> {
+    pub(super) fn fill_from(&self, shard: usize, work: Vec<(Stretch, Part)>) -> Result<(), CheckpointError> {
         let error = |source| self.unreadable(shard, source);
         let source = self.source(shard).map_err(error)?;
-        runs(work, source.worth() as u64).into_par_iter().try_for_each(|run| {
+        let mut work = cut(work, source.worth());
+        runs(&mut work, source.worth() as u64).into_par_iter().try_for_each(|run| {
             let Some((first, _)) = run.first() else { return Ok(()) };
             let begin = first.offset;
-            if let [(_, part)] = run {
-                return source.read_at(bytemuck::cast_slice_mut(part), begin).map_err(error);
+            if let [(stretch, part)] = run {
+                let read = part.take_filled(stretch.len, |out| source.read_new(out, begin));
+                return read.map(drop).map_err(error);
             }
             let end = run.last().map_or(begin, |(stretch, _)| stretch.end());
             let mut bytes = vec![0; (end - begin) as usize];
             source.read_at(&mut bytes, begin).map_err(error)?;
             for (stretch, part) in run {
                 let from = (stretch.offset - begin) as usize;
-                let part: &mut [u8] = bytemuck::cast_slice_mut(part);
+                let part: &mut [u8] = bytemuck::cast_slice_mut(part.take(stretch.len));
                 part.copy_from_slice(&bytes[from..from + part.len()]);
             }
             Ok(())
@@ -329,22 +325,41 @@ impl Checkpoint {
 }
 
 /// Gives each stretch its part of the output. They are in the order of the output, and cover it.
-pub(super) fn spread<'a>(stretches: &[Stretch], out: &'a mut [f32]) -> Vec<(Stretch, &'a mut [f32])> {
-    let mut rest = out;
-    let part = |stretch: &Stretch| {
-        let (part, after) = std::mem::take(&mut rest).split_at_mut(stretch.len);
-        rest = after;
-        (*stretch, part)
+pub(super) fn spread<'a>(stretches: Vec<Stretch>, out: Part<'a>) -> Vec<(Stretch, Part<'a>)> {
+    let mut rest = Some(out);
+    let part = |stretch: Stretch| {
+        let (part, after) = rest.take()?.split_at(stretch.len);
+        rest = Some(after);
+        Some((stretch, part))
     };
-    stretches.iter().map(part).collect()
+    stretches.into_iter().map_while(part).collect()
+}
+
+/// Cuts stretches that are longer than a few times what makes a read worth its while, so that one of them keeps
+/// several threads busy.
+fn cut(work: Vec<(Stretch, Part)>, worth: usize) -> Vec<(Stretch, Part)> {
+    let most = 4 * worth / size_of::<f32>();
+    let mut pieces = Vec::with_capacity(work.len());
+    for (mut stretch, mut part) in work {
+        while stretch.len > most {
+            let (first, rest) = part.split_at(most);
+            pieces.push((Stretch { len: most, ..stretch }, first));
+            part = rest;
+            stretch = Stretch {
+                offset: stretch.offset + (most * size_of::<f32>()) as u64,
+                at: stretch.at + most,
+                len: stretch.len - most,
+                ..stretch
+            };
+        }
+        pieces.push((stretch, part));
+    }
+    pieces
 }
 
 /// Cuts stretches of one shard, by ascending offset, into runs that are each read at once: with no gap that is worth a
 /// read of its own, and not growing once they are `worth` bytes.
-fn runs<'a, 'b>(
-    mut work: &'a mut [(Stretch, &'b mut [f32])],
-    worth: u64,
-) -> Vec<&'a mut [(Stretch, &'b mut [f32])]> {
+fn runs<'a, 'b>(mut work: &'a mut [(Stretch, Part<'b>)], worth: u64) -> Vec<&'a mut [(Stretch, Part<'b>)]> {
     let mut runs = Vec::new();
     while let Some((first, _)) = work.first() {
         let begin = first.offset;
@@ -376,6 +391,9 @@ fn whole(tensor: &TensorRecord, shards: &[Shard]) -> Result<(), String> {
         let Some(file) = shards.get(*shard) else {
             return Err(format!("it names shard {shard}, which is not there"));
         };
+        if !offset.is_multiple_of(size_of::<f32>() as u64) {
+            return Err(format!("a piece of it begins within a value, at byte {offset} of {}", file.file));
+        }
         if bytes.is_none_or(|bytes| bytes > file.bytes) {
             return Err(format!("a piece of it lies beyond the end of {}", file.file));
         }

@@ -9,6 +9,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::storage::{Sink, Storage, name};
 use super::{Array, CheckpointError, Piece, ShardRecord};
+use crate::flat::PAGE;
 use crate::params::Layout;
 
 #[cfg(target_endian = "big")]
@@ -144,7 +145,8 @@ fn tensors(layout: &Layout, ranges: &[Range<usize>]) -> Vec<(usize, Vec<Range<us
     found
 }
 
-/// safetensors' header with its length before it, padded so that the data is aligned. Its bytes follow
+/// safetensors' header with its length before it, padded so that the data begins on a page, as it does in memory
+/// ([`crate::flat`] says why). Its bytes follow
 /// from the tensors alone (the library keeps the file's own metadata in a hash map, in any order).
 fn header(tensors: Vec<(String, TensorInfo)>, rank: usize, world: usize) -> Vec<u8> {
     let about = serde_json::json!({
@@ -157,7 +159,7 @@ fn header(tensors: Vec<(String, TensorInfo)>, rank: usize, world: usize) -> Vec<
         fields.insert(name, serde_json::to_value(info).expect("a tensor's description serialises"));
     }
     let mut json = serde_json::to_vec(&fields).expect("a header serialises");
-    json.resize(json.len().next_multiple_of(8), b' ');
+    json.resize((8 + json.len()).next_multiple_of(PAGE) - 8, b' ');
     let mut header = (json.len() as u64).to_le_bytes().to_vec();
     header.extend(json);
     header

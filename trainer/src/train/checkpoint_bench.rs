@@ -17,7 +17,7 @@ use super::bench::{Stepper, median};
 use super::gather::{self, Search, Wanted};
 use super::placement::Placement;
 use super::saver::Saver;
-use super::{Owned, TrainError, agree, deadline};
+use super::{Owned, State, TrainError, agree, deadline};
 use crate::checkpoint::{CheckpointError, Checkpoints};
 use crate::config::Config;
 
@@ -52,7 +52,7 @@ pub struct CheckpointBench {
     pub read_seconds: f64,
     /// The checkpoint's bytes over that.
     pub read_bytes_per_second: f64,
-    /// What one thread reaches that reads dd's file, no page of it in memory before.
+    /// What one thread reaches that reads the same files and keeps nothing, no page of them in memory before.
     pub plain_bytes_per_second: f64,
     /// Median over the turns of the ratio of the two.
     pub read_share: f64,
@@ -127,13 +127,16 @@ fn measure(
     let mut turns: Vec<[f64; 6]> = Vec::new();
     let (mut costs, mut during) = (Vec::new(), 0);
     let mut bytes = 0;
-    for _ in 0..options.turns {
+    // As a plain read has its buffer, each turn reads into the memory of the one before.
+    let mut memory = None;
+    for turn in 0..options.turns {
         stepper.state.step += 1;
         if comm.rank() == 0 {
             settle();
         }
         agree(comm, comm.barrier().map_err(TrainError::from))?;
         let memcpy = agree(comm, memcpy(comm, 4 * (4 * params).div_ceil(comm.size())))?;
+        pass_over(&stepper.state);
         agree(comm, comm.barrier().map_err(TrainError::from))?;
         let begun = Instant::now();
         agree(comm, saver.save(&stepper.state, &config, comm).map(drop))?;
@@ -144,25 +147,38 @@ fn measure(
 
         let opened = checkpoints.open(stepper.state.step);
         bytes = agree(comm, opened.map_err(TrainError::from))?.bytes();
-        let dd = if comm.rank() == 0 { dd(&folder(options), bytes) } else { Ok(0.0) };
-        let dd = agree(comm, dd.map_err(TrainError::from))?;
-        let plain = if comm.rank() == 0 { plain(&folder(options).join("dd")) } else { Ok(0.0) };
-        let plain = agree(comm, plain.map_err(TrainError::from))?;
+        let dd = on_first(comm, || dd(&folder(options), bytes))?;
 
-        let forgotten = if comm.rank() == 0 { forget_all(&checkpoints, stepper.state.step) } else { Ok(()) };
-        agree(comm, forgotten.map_err(TrainError::from))?;
-        agree(comm, comm.barrier().map_err(TrainError::from))?;
-        let begun = Instant::now();
-        let search = Search {
-            checkpoints: &checkpoints,
-            placement: &placement,
-            wanted: Wanted::Newest,
-            layout: &stepper.layout,
-            owned: &own,
-            allowed: &|_| Ok(()),
+        // Once before the clock: where a virtual machine gives free memory back to its host, the first to use it again
+        // waits for that, and neither reading should always be it.
+        let saved = checkpoints.path(stepper.state.step);
+        on_first(comm, || plain(&saved))?;
+        let read_plainly = || on_first(comm, || plain(&saved));
+        let mut read_checkpoint = || {
+            let error = |source| CheckpointError::Read { path: saved.clone(), source };
+            on_first(comm, || forget_all(&saved).map(drop).map_err(error))?;
+            agree(comm, comm.barrier().map_err(TrainError::from))?;
+            let begun = Instant::now();
+            let search = Search {
+                checkpoints: &checkpoints,
+                placement: &placement,
+                wanted: Wanted::Newest,
+                layout: &stepper.layout,
+                owned: &own,
+                allowed: &|_| Ok(()),
+            };
+            let found = gather::find(&search, memory.take(), &mut Vec::new(), comm)?;
+            let seconds = begun.elapsed().as_secs_f64();
+            memory = found.map(|(_, state)| state);
+            Ok::<_, RemoteError>(seconds)
         };
-        black_box(gather::find(&search, &mut Vec::new(), comm)?);
-        let read = begun.elapsed().as_secs_f64();
+        let (plain, read) = if turn.is_multiple_of(2) {
+            let plain = read_plainly()?;
+            (plain, read_checkpoint()?)
+        } else {
+            let read = read_checkpoint()?;
+            (read_plainly()?, read)
+        };
         turns.push(agree(comm, slowest(comm, [write, dd, read, plain, snapshot, memcpy]))?);
 
         if options.steps > 0 {
@@ -273,33 +289,47 @@ fn dd(folder: &Path, bytes: u64) -> Result<f64, CheckpointError> {
     Ok(begun.elapsed().as_secs_f64())
 }
 
-/// Seconds that reading a file from the disk takes.
-fn plain(file: &Path) -> Result<f64, CheckpointError> {
+/// What the first rank measures while the others wait; 0 there.
+fn on_first<T: Default>(
+    comm: &dyn Communicator,
+    measure: impl FnOnce() -> Result<T, CheckpointError>,
+) -> Result<T, RemoteError> {
+    let measured = if comm.rank() == 0 { measure() } else { Ok(T::default()) };
+    agree(comm, measured.map_err(TrainError::from))
+}
+
+/// Seconds that one thread takes to read a checkpoint's files from the disk.
+fn plain(folder: &Path) -> Result<f64, CheckpointError> {
     let read = || {
-        forget(file)?;
+        let files = forget_all(folder)?;
         let mut buffer = vec![0u8; 1 << 20];
         let begun = Instant::now();
-        let mut source = File::open(file)?;
-        while source.read(&mut buffer)? > 0 {
-            black_box(&mut buffer);
+        for file in files {
+            let mut source = File::open(file)?;
+            while source.read(&mut buffer)? > 0 {
+                black_box(&mut buffer);
+            }
         }
         Ok(begun.elapsed().as_secs_f64())
     };
-    read().map_err(|source| CheckpointError::Read { path: file.to_owned(), source })
+    read().map_err(|source| CheckpointError::Read { path: folder.to_owned(), source })
 }
 
-/// Puts a file's pages out of memory; they are on disk.
-fn forget(file: &Path) -> std::io::Result<()> {
-    Ok(fadvise(File::open(file)?, 0, None, Advice::DontNeed)?)
+/// Puts the pages of a folder's files, which are on disk, out of memory. Returns the files.
+fn forget_all(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
+    let forgotten = |entry: std::io::Result<std::fs::DirEntry>| {
+        let file = entry?.path();
+        fadvise(File::open(&file)?, 0, None, Advice::DontNeed)?;
+        Ok(file)
+    };
+    std::fs::read_dir(folder)?.map(forgotten).collect()
 }
 
-fn forget_all(checkpoints: &Checkpoints, step: u64) -> Result<(), CheckpointError> {
-    let folder = checkpoints.path(step);
-    let error = |source| CheckpointError::Read { path: folder.clone(), source };
-    for entry in std::fs::read_dir(&folder).map_err(error)? {
-        forget(&entry.map_err(error)?.path()).map_err(error)?;
+/// Reads all of a state, which the step before a save would have had in its hands.
+fn pass_over(state: &State) {
+    for array in [&state.params, &state.ema, &state.exp_avg, &state.exp_avg_sq] {
+        black_box(array.iter().sum::<f32>());
     }
-    Ok(())
 }
 
 #[cfg(test)]

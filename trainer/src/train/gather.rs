@@ -12,6 +12,7 @@ use super::placement::Placement;
 use super::{Owned, State, TrainError, agree};
 use crate::checkpoint::{Array, Checkpoint, CheckpointError, Checkpoints, Stretch};
 use crate::exit::Kind;
+use crate::flat;
 use crate::params::Layout;
 
 /// A checkpoint that all ranks agree on.
@@ -74,9 +75,10 @@ pub(super) struct Search<'a> {
 
 /// The newest checkpoint of those that are wanted that is whole over all groups and whose digests hold, and what this
 /// rank begins with. Damaged ones are passed over, and told in `said`; None where there is none at all. Called by all
-/// ranks.
+/// ranks. What it begins with takes the place of the state `memory`, if that is large enough.
 pub(super) fn find(
     search: &Search,
+    mut memory: Option<State>,
     said: &mut Vec<String>,
     comm: &dyn Communicator,
 ) -> Result<Option<(Checkpoint, State)>, RemoteError> {
@@ -103,7 +105,7 @@ pub(super) fn find(
             }
         };
         agree(comm, (search.allowed)(&found.checkpoint))?;
-        match load(&found, search, comm)? {
+        match load(&found, search, memory.take(), comm)? {
             Ok(state) => {
                 said.extend(problems.iter().map(|p| format!("passed over a checkpoint: {p}")));
                 return Ok(Some((found.checkpoint, state)));
@@ -212,6 +214,7 @@ fn manifest(
 fn load(
     found: &Candidate,
     search: &Search,
+    memory: Option<State>,
     comm: &dyn Communicator,
 ) -> Result<Result<State, String>, RemoteError> {
     let &Search { placement, layout, owned, .. } = search;
@@ -224,7 +227,7 @@ fn load(
             .into_par_iter()
             .try_for_each(|n| found.checkpoint.fault(n, &|_| ()).map_or(Ok(()), Err))
             .map(|()| None),
-        false => read(&found.checkpoint, layout, owned, &mine).map(Some),
+        false => read(&found.checkpoint, layout, owned, &mine, memory).map(Some),
     };
     let local = match local {
         Ok(state) => Ok((state, String::new())),
@@ -252,14 +255,15 @@ fn read(
     layout: &Layout,
     owned: &Owned,
     check: &[usize],
+    memory: Option<State>,
 ) -> Result<State, CheckpointError> {
     let whole = Owned::whole(layout.trainable_len());
     let wanted = Array::ALL.map(|array| match array {
         Array::Model => (array, whole.ranges()),
         _ => (array, owned.ranges()),
     });
-    let arrays = checkpoint.read_checked(layout, &wanted, check)?;
-    let arrays: [Vec<f32>; 4] = arrays.try_into().expect("one for each that was wanted");
+    let memory = memory.map(|state| [state.params, state.ema, state.exp_avg, state.exp_avg_sq]);
+    let arrays = checkpoint.read_checked(layout, wanted, check, memory)?;
     Ok(State::resumed(checkpoint.progress(), owned.clone(), arrays))
 }
 
@@ -279,9 +283,9 @@ fn gathered_state(
     let checked = Array::ALL.iter().try_for_each(|&array| checkpoint.check(layout, array));
     agree(comm, checked.map_err(TrainError::from))?;
     let mut wanted: Vec<(usize, Stretch)> = Vec::new();
-    let mut arrays: [Vec<f32>; 4] = Default::default();
+    let mut arrays =
+        Array::ALL.map(|array| flat::zeros(ranges(array).iter().map(std::ops::Range::len).sum()));
     for (number, array) in Array::ALL.into_iter().enumerate() {
-        arrays[number] = vec![0.0; ranges(array).iter().map(std::ops::Range::len).sum()];
         let stretches = checkpoint.stretches(layout, array, ranges(array));
         wanted.extend(stretches.into_iter().map(|stretch| (number, stretch)));
     }
@@ -320,6 +324,7 @@ mod tests {
     use super::*;
     use crate::checkpoint::{About, Progress, ShardRecord};
     use crate::data::draws::{Draws, Purpose};
+    use crate::flat::Flat;
     use crate::model::SitConfig;
     use crate::objective::LossScaler;
     use crate::train::buckets::{Exchange, Plan, owned};
@@ -351,9 +356,10 @@ mod tests {
         Owned::new(owned(&plan, exchange, |len| shard_range(len, rank, world)))
     }
 
-    fn whole(job: Job, states: &[State]) -> [Vec<f32>; 4] {
+    fn whole(job: Job, states: &[State]) -> [Flat; 4] {
         let len = states[0].params.len();
-        let mut arrays = [states[0].params.clone(), vec![0.0; len], vec![0.0; len], vec![0.0; len]];
+        let zeros = || flat::zeros(len);
+        let mut arrays = [states[0].params.clone(), zeros(), zeros(), zeros()];
         for (rank, state) in states.iter().enumerate() {
             assert_eq!(state.params, arrays[0], "rank {rank}'s weights");
             for range in owned_by(rank, job).ranges() {
@@ -388,7 +394,7 @@ mod tests {
         let shards = found.manifest().shards.len();
         let read = |rank| {
             let mine: Vec<usize> = (rank..shards).step_by(job.0).collect();
-            read(&found, &sit().layout(), &owned_by(rank, job), &mine).unwrap()
+            read(&found, &sit().layout(), &owned_by(rank, job), &mine, None).unwrap()
         };
         (0..job.0).map(read).collect()
     }
@@ -409,7 +415,7 @@ mod tests {
                 Draws::new(3, Purpose::Noise).normal(number, &mut values);
                 values
             };
-            let expected = [random(0), random(1), random(2), random(3)];
+            let expected = [0, 1, 2, 3].map(|number| flat::copied(&random(number)));
             let [params, ema, exp_avg, exp_avg_sq] = expected.clone();
             let first = Owned::whole(params.len());
             let scaler = LossScaler::default();

@@ -86,13 +86,13 @@ pub(super) fn begin(
     };
     let search =
         Search { checkpoints: &own, placement: &placement, wanted, layout, owned: &owned, allowed: &allowed };
-    let mut found = gather::find(&search, &mut said, comm)?;
+    let mut found = gather::find(&search, None, &mut said, comm)?;
     let durable = found.is_some();
     if let (None, Resume::Path(path)) = (&found, &config.run.resume) {
         let (theirs, wanted) = agree(comm, elsewhere(path))?;
         let placement = Placement::find(&theirs, comm)?;
         let search = Search { checkpoints: &theirs, placement: &placement, wanted, allowed: &same, ..search };
-        found = gather::find(&search, &mut said, comm)?;
+        found = gather::find(&search, None, &mut said, comm)?;
         if found.is_none() {
             let problem = "it holds no checkpoint";
             let error = ConfigError::value("run.resume", path.display(), problem);
@@ -250,7 +250,7 @@ fn fresh(
         sentence += &format!("; these keep their first values: {}{more}", first.join(", "));
     }
     said.push(sentence);
-    Ok(State::starting_at(params, owned))
+    Ok(State::starting_at(&params, owned))
 }
 
 /// Weights by name, from a checkpoint of ours or a weight file.

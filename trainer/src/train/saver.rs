@@ -287,7 +287,7 @@ impl Saver {
             let [done, failed] = sums;
             events.extend(self.learn(Word { done, failed }, comm)?);
             std::thread::sleep(pause);
-            pause = (pause * 2).min(Duration::from_millis(20));
+            pause = (pause * 2).min(Duration::from_millis(4));
         }
         Ok(events)
     }

@@ -4,39 +4,40 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
-use repa_comm::shard_range;
+use repa_comm::{copy, shard_range};
 
 use super::State;
 use crate::checkpoint::{About, Array, CheckpointError, Checkpoints, Part, Retention, ShardRecord};
+use crate::flat::{self, Flat};
 use crate::params::Layout;
 
 /// The ranges of each array that a rank writes: an even part of what all ranks have, and of a sharded optimizer's
 /// state what it has.
 fn written(state: &State, sharded: bool, (rank, world): (usize, usize)) -> [(Array, Vec<Range<usize>>); 4] {
-    let even = vec![shard_range(state.params.len(), rank, world)];
+    let even = vec![even_part(state.params.len(), rank, world)];
     let own = if sharded { state.owned.ranges().to_vec() } else { even.clone() };
     [(Array::Model, even), (Array::Ema, own.clone()), (Array::ExpAvg, own.clone()), (Array::ExpAvgSq, own)]
+}
+
+/// An even part of an array, cut between whole cache lines: so that what a rank writes of one array ends where the next
+/// can begin as it does in memory.
+fn even_part(len: usize, rank: usize, world: usize) -> Range<usize> {
+    const LINE: usize = 64 / size_of::<f32>();
+    let lines = shard_range(len.div_ceil(LINE), rank, world);
+    len.min(lines.start * LINE)..len.min(lines.end * LINE)
 }
 
 /// A rank's part of a checkpoint, in memory of its own.
 #[derive(Debug)]
 pub(super) struct Snapshot {
-    parts: Vec<(Array, Vec<Range<usize>>, Vec<f32>)>,
+    parts: Vec<(Array, Vec<Range<usize>>, Flat)>,
 }
 
 impl Snapshot {
     /// Room for these ranges, with every page of it in memory: the first copy into fresh pages would take several
     /// times as long as the next.
     fn new(ranges: &[(Array, Vec<Range<usize>>); 4]) -> Self {
-        const PAGE: usize = 4096 / size_of::<f32>();
-        let room = |ranges: &[Range<usize>]| {
-            let mut values = vec![0.0f32; ranges.iter().map(Range::len).sum()];
-            for page in values.chunks_mut(PAGE) {
-                // A write that the compiler cannot leave out as one of a zero to a zero.
-                page[0] = std::hint::black_box(0.0);
-            }
-            values
-        };
+        let room = |ranges: &[Range<usize>]| flat::zeros(ranges.iter().map(Range::len).sum());
         let parts = ranges.iter().map(|(array, ranges)| (*array, ranges.clone(), room(ranges)));
         Self { parts: parts.collect() }
     }
@@ -54,7 +55,7 @@ impl Snapshot {
             for range in ranges {
                 // A sharded optimizer's own arrays are what this rank writes of them, in the same order.
                 let from = if local && sharded { at..at + range.len() } else { range.clone() };
-                values[at..at + range.len()].copy_from_slice(&source[from]);
+                copy::past_caches(&source[from], &mut values[at..at + range.len()]);
                 at += range.len();
             }
         }

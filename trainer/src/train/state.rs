@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use crate::checkpoint::Progress;
 use crate::config::Config;
+use crate::flat::{self, Flat};
 use crate::objective::LossScaler;
 use crate::optim::{AdamW, clip_coefficient, ema_update};
 use crate::params::Layout;
@@ -63,10 +64,13 @@ impl Owned {
     }
 
     /// The owned elements of a whole array.
-    fn of(&self, whole: &[f32]) -> Vec<f32> {
-        let mut own = Vec::with_capacity(self.len);
-        self.ranges.iter().for_each(|range| own.extend_from_slice(&whole[range.clone()]));
-        own
+    fn of(&self, whole: &[f32]) -> Flat {
+        let mut room = flat::Room::new(self.len);
+        let mut own = room.part();
+        for range in &self.ranges {
+            own.take(range.len()).copy_from_slice(&whole[range.clone()]);
+        }
+        room.finish()
     }
 }
 
@@ -80,15 +84,15 @@ pub struct State {
     /// Steps that AdamW has made; its bias correction counts these.
     pub updates: u64,
     /// Weights, all of them.
-    pub params: Vec<f32>,
+    pub params: Flat,
     /// What the next three hold.
     pub owned: Owned,
     /// Moving average of the owned weights.
-    pub ema: Vec<f32>,
+    pub ema: Flat,
     /// AdamW's first moment of the owned weights.
-    pub exp_avg: Vec<f32>,
+    pub exp_avg: Flat,
     /// AdamW's second moment of the owned weights.
-    pub exp_avg_sq: Vec<f32>,
+    pub exp_avg_sq: Flat,
     /// Loss scaling of float16.
     pub scaler: LossScaler,
 }
@@ -113,27 +117,27 @@ pub(super) enum Skipped {
 impl State {
     /// The state before the first step, of a rank that keeps the optimizer's state of `owned`.
     pub fn new(layout: &Layout, seed: u64, owned: Owned) -> Self {
-        Self::starting_at(layout.initial_values(seed), owned)
+        Self::starting_at(&layout.initial_values(seed), owned)
     }
 
     /// The state before the first step, with these weights.
-    pub fn starting_at(params: Vec<f32>, owned: Owned) -> Self {
-        let zeros = vec![0.0; owned.len()];
+    pub fn starting_at(params: &[f32], owned: Owned) -> Self {
+        let zeros = || flat::zeros(owned.len());
         Self {
             step: 0,
             samples: 0,
             updates: 0,
-            ema: owned.of(&params),
+            ema: owned.of(params),
+            exp_avg: zeros(),
+            exp_avg_sq: zeros(),
             owned,
-            params,
-            exp_avg: zeros.clone(),
-            exp_avg_sq: zeros,
+            params: flat::copied(params),
             scaler: LossScaler::default(),
         }
     }
 
     /// The state that a checkpoint holds: weights, and of `owned` the moving average and both moments.
-    pub(super) fn resumed(progress: &Progress, owned: Owned, arrays: [Vec<f32>; 4]) -> Self {
+    pub(super) fn resumed(progress: &Progress, owned: Owned, arrays: [Flat; 4]) -> Self {
         let [params, ema, exp_avg, exp_avg_sq] = arrays;
         let Progress { step, samples, updates, scaler } = *progress;
         Self { step, samples, updates, params, owned, ema, exp_avg, exp_avg_sq, scaler }
@@ -233,7 +237,7 @@ mod tests {
         assert_eq!(owned.local(&(5..7)), 3..5);
         assert_eq!(owned.local(&(21..24)), 7..10);
         let whole: Vec<f32> = (0..30).map(|i| i as f32).collect();
-        assert_eq!(owned.of(&whole), [2.0, 3.0, 4.0, 5.0, 6.0, 10.0, 20.0, 21.0, 22.0, 23.0]);
+        assert_eq!(owned.of(&whole)[..], [2.0, 3.0, 4.0, 5.0, 6.0, 10.0, 20.0, 21.0, 22.0, 23.0]);
     }
 
     #[test]

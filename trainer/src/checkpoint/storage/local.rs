@@ -5,12 +5,15 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::mem::MaybeUninit;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use rustix::fs::{Advice, fadvise};
+use rustix::io::Errno;
 
+use super::local_sink::LocalSink;
 use super::{Listed, Sink, Source, Storage, name, step_of};
 
 const PARTIAL: &str = ".partial";
@@ -77,7 +80,7 @@ impl Storage for Local {
     fn create(&self, step: u64, file: &str) -> io::Result<Box<dyn Sink>> {
         let growing = self.growing(step);
         fs::create_dir_all(&growing)?;
-        Ok(Box::new(LocalSink { file: File::create(growing.join(file))? }))
+        Ok(Box::new(LocalSink::create(&growing.join(file))?))
     }
 
     fn commit(&self, step: u64, _shards: &[&str], files: &[(&str, &[u8])]) -> io::Result<()> {
@@ -129,20 +132,6 @@ impl Storage for Local {
     }
 }
 
-struct LocalSink {
-    file: File,
-}
-
-impl Sink for LocalSink {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.file.write_all(bytes)
-    }
-
-    fn finish(self: Box<Self>) -> io::Result<()> {
-        self.file.sync_all()
-    }
-}
-
 struct LocalSource {
     file: File,
 }
@@ -156,8 +145,27 @@ impl Source for LocalSource {
         self.file.read_exact_at(out, offset)
     }
 
+    fn read_new<'a>(&self, out: &'a mut [MaybeUninit<u8>], offset: u64) -> io::Result<&'a mut [u8]> {
+        let mut filled = 0;
+        while filled < out.len() {
+            match rustix::io::pread(&self.file, &mut out[filled..], offset + filled as u64) {
+                Ok(([], _)) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok((read, _)) => filled += read.len(),
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        // SAFETY: pread has given a value to each byte.
+        Ok(unsafe { out.assume_init_mut() })
+    }
+
     fn read_through(&self) {
         // The kernel reads further ahead then; a file system that does not care loses nothing.
         let _ = fadvise(&self.file, 0, None, Advice::Sequential);
+    }
+
+    fn at_once(&self) -> usize {
+        // What was read is still in the processor's own cache when its digest is taken.
+        256 << 10
     }
 }

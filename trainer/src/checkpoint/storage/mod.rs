@@ -3,10 +3,12 @@
 #[cfg(test)]
 mod contract;
 mod local;
+mod local_sink;
 mod object;
 
 use std::fmt::Debug;
 use std::io;
+use std::mem::MaybeUninit;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -113,12 +115,29 @@ pub trait Source: Send + Sync {
     /// The file ends before, or cannot be read.
     fn read_at(&self, out: &mut [u8], offset: u64) -> io::Result<()>;
 
+    /// As [`Source::read_at`], into memory that has no values yet. Returns all of `out`.
+    ///
+    /// # Errors
+    /// As there.
+    fn read_new<'a>(&self, out: &'a mut [MaybeUninit<u8>], offset: u64) -> io::Result<&'a mut [u8]> {
+        out.fill(MaybeUninit::new(0));
+        // SAFETY: all of it has a value now.
+        let out = unsafe { out.assume_init_mut() };
+        self.read_at(out, offset)?;
+        Ok(out)
+    }
+
     /// Says that all of it will be read from its beginning to its end.
     fn read_through(&self) {}
 
     /// Bytes that a read should ask for at least, where it can: with fewer, most of its time goes into the asking.
     fn worth(&self) -> usize {
         1 << 20
+    }
+
+    /// Bytes to ask for at a time where all of it is read.
+    fn at_once(&self) -> usize {
+        2 * self.worth()
     }
 }
 
