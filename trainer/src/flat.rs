@@ -1,4 +1,4 @@
-//! Large arrays of float32: a model's weights, their gradients and the optimizer's state, each in one piece.
+//! Large arrays of float32: a model's weights and the optimizer's state, each in one piece.
 //!
 //! They begin on a page. A copy between the page cache and memory whose addresses differ by anything but a multiple of
 //! 32 bytes takes about twice as long on some processors (it is `rep movsb` there; seen on an AMD EPYC of Zen 4), and
@@ -20,7 +20,9 @@ pub type Flat = AVec<f32, ConstAlign<PAGE>>;
 /// A copy of some values.
 #[must_use]
 pub fn copied(values: &[f32]) -> Flat {
-    AVec::from_slice(PAGE, values)
+    let mut room = Room::new(values.len());
+    room.part().take(values.len()).copy_from_slice(values);
+    room.finish()
 }
 
 /// So many zeros.
@@ -53,7 +55,7 @@ impl Room {
     pub fn new(len: usize) -> Self {
         let mut memory: Flat = AVec::with_capacity(PAGE, len);
         ask_for_huge_pages(&mut memory);
-        Self::reusing(memory, len)
+        Self { values: memory, len, taken: AtomicUsize::new(0) }
     }
 
     /// For so many elements, in the memory of another array where it is large enough.
@@ -103,14 +105,13 @@ impl<'a> Part<'a> {
         self.values.is_empty()
     }
 
-    /// The first `len` elements, and what is left then.
+    /// Gives the next `len` elements away, for another to take.
     ///
     /// # Panics
     /// There are fewer.
     #[must_use]
-    pub fn split_at(self, len: usize) -> (Self, Self) {
-        let (first, rest) = self.values.split_at_mut(len);
-        (Self { values: first, taken: self.taken }, Self { values: rest, taken: self.taken })
+    pub fn split_off(&mut self, len: usize) -> Self {
+        Self { values: self.next(len), taken: self.taken }
     }
 
     /// Takes the next `len` elements, which are zero.
@@ -186,8 +187,7 @@ mod tests {
             let mut rest = room.part();
             std::thread::scope(|scope| {
                 for (number, &len) in lengths.iter().enumerate() {
-                    let (mut part, after) = rest.split_at(len);
-                    rest = after;
+                    let mut part = rest.split_off(len);
                     scope.spawn(move || {
                         let first = part.take(len / 2);
                         assert!(first.iter().all(|&x| x == 0.0));
@@ -209,8 +209,8 @@ mod tests {
     #[should_panic(expected = "nobody has given a value")]
     fn an_array_with_a_hole_is_none() {
         let mut room = Room::new(10);
-        let (mut first, mut rest) = room.part().split_at(4);
-        first.take(3);
+        let mut rest = room.part();
+        rest.split_off(4).take(3);
         rest.take(6);
         let _ = room.finish();
     }

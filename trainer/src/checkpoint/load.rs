@@ -10,6 +10,9 @@ use super::{Array, CheckpointError};
 use crate::flat::{Flat, Part, Room};
 use crate::params::Layout;
 
+/// Bytes by which a rank's reading of other ranks' shards stays behind its own, so that it finds them in memory.
+const DISTANCE: u64 = 32 << 20;
+
 /// When a shard is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Turn {
@@ -64,8 +67,7 @@ impl Checkpoint {
         }
         let mut streams = Vec::new();
         let mut parts = Vec::new();
-        let shards = work.into_iter().enumerate();
-        for (shard, mut work) in shards {
+        for (shard, mut work) in work.into_iter().enumerate() {
             work.sort_unstable_by_key(|(stretch, _)| stretch.offset);
             if work.windows(2).any(|pair| pair[0].0.end() > pair[1].0.offset) {
                 let problem = format!("two tensors share bytes of {}", self.manifest().shards[shard].file);
@@ -86,7 +88,7 @@ impl Checkpoint {
             shares[number % threads].push(stream);
         }
         let (streamed, filled) = rayon::join(
-            || shares.into_par_iter().try_for_each(take_turns),
+            || shares.into_par_iter().try_for_each(|share| take_turns(share, DISTANCE)),
             || parts.into_par_iter().try_for_each(|(shard, work)| self.fill_from(shard, work)),
         );
         streamed.and(filled)?;
@@ -96,8 +98,7 @@ impl Checkpoint {
 
 /// Reads shards in one thread: this rank's own one after the other, and those that other ranks read first at a distance
 /// beside the last of them. What others have read is in memory then, and is copied while the disk brings the rest.
-fn take_turns(mut streams: Vec<(Turn, Stream)>) -> Result<(), CheckpointError> {
-    const DISTANCE: u64 = 32 << 20;
+pub(super) fn take_turns(mut streams: Vec<(Turn, Stream)>, distance: u64) -> Result<(), CheckpointError> {
     // Each is an open file.
     const SIDE_BY_SIDE: usize = 8;
     loop {
@@ -108,7 +109,7 @@ fn take_turns(mut streams: Vec<(Turn, Stream)>) -> Result<(), CheckpointError> {
         if *turn == Turn::First {
             first.advance()?;
             if own == 1 {
-                limit = first.at().saturating_sub(DISTANCE);
+                limit = first.at().saturating_sub(distance);
             }
         }
         for (_, stream) in streams[own..].iter_mut().take(SIDE_BY_SIDE).filter(|(_, s)| s.at() < limit) {

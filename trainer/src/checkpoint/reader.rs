@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rayon::prelude::*;
-use xxhash_rust::xxh3::{Xxh3, xxh3_64};
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::manifest::{FORMAT, MANIFEST, MANIFEST_DIGEST, Shard, VERSION};
 use super::storage::{Source, Storage, name, read_small};
+use super::stream::Stream;
 use super::{Array, CheckpointError, Manifest, Piece, Progress, TensorRecord, split};
 use crate::flat::{Flat, Part};
 use crate::params::Layout;
@@ -150,11 +151,15 @@ impl Checkpoint {
 
     /// What is wrong with a shard, if anything; see [`Checkpoint::faults`].
     pub(crate) fn fault(&self, number: usize, read: &(dyn Fn(u64) + Sync)) -> Option<CheckpointError> {
-        match self.source(number).and_then(|s| digest(s.as_ref(), read)) {
-            Err(source) => Some(self.unreadable(number, source)),
-            Ok(found) if found == self.manifest.shards[number].xxh3 => None,
-            Ok(found) => Some(self.other_digest(number, &found)),
+        let mut stream = Stream::new(self, number, Vec::new());
+        while !stream.is_done() {
+            let before = stream.at();
+            if let Err(fault) = stream.advance() {
+                return Some(fault);
+            }
+            read(stream.at() - before);
         }
+        None
     }
 
     /// Size of all shards, in bytes.
@@ -326,13 +331,8 @@ impl Checkpoint {
 
 /// Gives each stretch its part of the output. They are in the order of the output, and cover it.
 pub(super) fn spread<'a>(stretches: Vec<Stretch>, out: Part<'a>) -> Vec<(Stretch, Part<'a>)> {
-    let mut rest = Some(out);
-    let part = |stretch: Stretch| {
-        let (part, after) = rest.take()?.split_at(stretch.len);
-        rest = Some(after);
-        Some((stretch, part))
-    };
-    stretches.into_iter().map_while(part).collect()
+    let mut rest = out;
+    stretches.into_iter().map(|stretch| (stretch, rest.split_off(stretch.len))).collect()
 }
 
 /// Cuts stretches that are longer than a few times what makes a read worth its while, so that one of them keeps
@@ -342,9 +342,7 @@ fn cut(work: Vec<(Stretch, Part)>, worth: usize) -> Vec<(Stretch, Part)> {
     let mut pieces = Vec::with_capacity(work.len());
     for (mut stretch, mut part) in work {
         while stretch.len > most {
-            let (first, rest) = part.split_at(most);
-            pieces.push((Stretch { len: most, ..stretch }, first));
-            part = rest;
+            pieces.push((Stretch { len: most, ..stretch }, part.split_off(most)));
             stretch = Stretch {
                 offset: stretch.offset + (most * size_of::<f32>()) as u64,
                 at: stretch.at + most,
@@ -399,20 +397,4 @@ fn whole(tensor: &TensorRecord, shards: &[Shard]) -> Result<(), String> {
         }
     }
     if next == size { Ok(()) } else { Err(format!("its pieces hold {next} of {size} elements")) }
-}
-
-fn digest(source: &dyn Source, read: &(dyn Fn(u64) + Sync)) -> std::io::Result<String> {
-    let at_once = source.worth().saturating_mul(2).max(4 << 20);
-    let size = source.size()?;
-    let mut hash = Xxh3::new();
-    let mut buffer = vec![0; at_once.min(size as usize)];
-    let mut offset = 0;
-    while offset < size {
-        let part = &mut buffer[..at_once.min((size - offset) as usize)];
-        source.read_at(part, offset)?;
-        hash.update(part);
-        offset += part.len() as u64;
-        read(part.len() as u64);
-    }
-    Ok(format!("{:016x}", hash.digest()))
 }

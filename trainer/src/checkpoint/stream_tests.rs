@@ -4,8 +4,11 @@ use std::ops::Range;
 
 use proptest::prelude::*;
 
+use super::load::{Turn, take_turns};
+use super::stream::Stream;
+use super::tests::about;
 use super::*;
-use crate::objective::LossScaler;
+use crate::flat::{self, PAGE};
 use crate::params::{Init, Layout};
 
 /// Tensors of lengths that fill neither lines nor pages.
@@ -29,14 +32,7 @@ fn save(folder: &Path, world: usize) -> Checkpoint {
     let write =
         |rank| checkpoints.write_shard(1, &layout, &arrays.parts(rank, world), &[], (rank, world)).unwrap();
     let records = (0..world).map(write).collect();
-    let about = About {
-        progress: Progress { step: 1, samples: 8, updates: 1, scaler: LossScaler::default() },
-        config: serde_json::Value::Null,
-        metrics: Default::default(),
-        branch: None,
-        node_local: false,
-    };
-    checkpoints.commit(&layout, about, records).unwrap();
+    checkpoints.commit(&layout, about(1), records).unwrap();
     checkpoints.open(1).unwrap()
 }
 
@@ -59,10 +55,10 @@ proptest! {
         let ranges = |array| if array == Array::Ema { std::slice::from_ref(&whole) } else { &some };
         let wanted = Array::ALL.map(|array| (array, ranges(array)));
         let check: Vec<usize> = (0..world).filter(|&shard| checked[shard]).collect();
-        // The second time into the memory of the first.
-        let first = checkpoint.read_checked(&layout(), wanted, &check, None).unwrap();
-        let again = checkpoint.read_checked(&layout(), wanted, &[], Some(first.clone())).unwrap();
-        for read in [first, again] {
+        // The second time into memory that has other values.
+        let used = [0, 1, 2, 3].map(|_| flat::copied(&vec![-1.0; whole.len()]));
+        for memory in [None, Some(used)] {
+            let read = checkpoint.read_checked(&layout(), wanted, &check, memory).unwrap();
             for ((read, array), (_, ranges)) in read.iter().zip(&expected).zip(wanted) {
                 let values: Vec<f32> = ranges.iter().flat_map(|r| array[r.clone()].iter().copied()).collect();
                 prop_assert!(read[..] == values[..]);
@@ -92,6 +88,46 @@ fn a_flipped_bit_anywhere_is_found_and_a_short_shard_too() {
     assert!(error.contains("cannot read") && error.contains("rank-00001-of-00002"), "{error}");
     std::fs::write(&shard, good).unwrap();
     read().unwrap();
+}
+
+/// Whatever the distance, each shard is read to its end, and an error in any of them is told.
+#[test]
+fn shards_are_read_side_by_side_to_their_ends() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = save(folder.path(), 5);
+    let turns = [Turn::First, Turn::First, Turn::Later, Turn::Later, Turn::Later];
+    let read = |distance| {
+        let stream = |(shard, turn)| (turn, Stream::new(&checkpoint, shard, Vec::new()));
+        take_turns(turns.into_iter().enumerate().map(stream).collect(), distance)
+    };
+    for distance in [0, 300 << 10, 1 << 20, u64::MAX] {
+        read(distance).unwrap();
+    }
+    for shard in 0..turns.len() {
+        let path = checkpoint.dir().join(&checkpoint.manifest().shards[shard].file);
+        let good = std::fs::read(&path).unwrap();
+        let mut bytes = good.clone();
+        *bytes.last_mut().unwrap() ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+        for distance in [0, 1 << 20, u64::MAX] {
+            assert!(read(distance).is_err(), "shard {shard} at a distance of {distance}");
+        }
+        std::fs::write(&path, good).unwrap();
+    }
+}
+
+#[test]
+fn the_data_of_a_shard_begins_on_a_page() {
+    let folder = tempfile::tempdir().unwrap();
+    for world in [1, 3] {
+        let checkpoint = save(folder.path(), world);
+        let tensors = checkpoint.manifest().tensors.values().flat_map(|tensors| tensors.values());
+        let pieces: Vec<&Piece> = tensors.flat_map(|tensor| &tensor.pieces).collect();
+        for shard in 0..world {
+            let offsets = pieces.iter().filter(|piece| piece.shard == shard).map(|piece| piece.offset);
+            assert_eq!(offsets.min().unwrap() % PAGE as u64, 0, "shard {shard} of {world}");
+        }
+    }
 }
 
 /// Manifests carry a digest, so only a program that writes them otherwise can say such things.

@@ -34,7 +34,7 @@ fn save_parts<'a>(folder: &Path, step: u64, world: usize, parts: impl Fn(usize) 
     checkpoints.commit(&layout, about(step), records).expect("committed");
 }
 
-fn about(step: u64) -> About {
+pub(super) fn about(step: u64) -> About {
     About {
         progress: Progress { step, samples: step * 8, updates: step, scaler: LossScaler::default() },
         config: serde_json::json!({ "train": { "seed": 1 } }),

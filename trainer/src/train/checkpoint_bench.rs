@@ -48,7 +48,7 @@ pub struct CheckpointBench {
     /// Median over the turns of the ratio of the two.
     pub write_share: f64,
     /// From looking for the checkpoint until every rank had what it needs, digests checked, no page of it in memory
-    /// before.
+    /// before; from the second turn on into memory that was in use already.
     pub read_seconds: f64,
     /// The checkpoint's bytes over that.
     pub read_bytes_per_second: f64,
@@ -127,7 +127,8 @@ fn measure(
     let mut turns: Vec<[f64; 6]> = Vec::new();
     let (mut costs, mut during) = (Vec::new(), 0);
     let mut bytes = 0;
-    // As a plain read has its buffer, each turn reads into the memory of the one before.
+    // As a plain read has its buffer, each turn reads into the memory of the one before: where free memory has to come
+    // from the host of a virtual machine, that would take longer than the disk.
     let mut memory = None;
     for turn in 0..options.turns {
         stepper.state.step += 1;

@@ -16,8 +16,8 @@ use object_store::{
 
 use super::object::Backend;
 use super::*;
-use crate::checkpoint::{About, Array, Arrays, Checkpoints, Progress};
-use crate::objective::LossScaler;
+use crate::checkpoint::tests::about;
+use crate::checkpoint::{Array, Arrays, Checkpoints};
 use crate::params::{Init, Layout};
 
 /// A store in memory that counts reads, and may know no conditional writes or lose its answers.
@@ -317,14 +317,7 @@ fn reading_many_tensors_takes_few_requests() {
     let checkpoints = Checkpoints::of(object(&memory));
     let write =
         |rank| checkpoints.write_shard(5, &layout, &arrays.parts(rank, 4), &[], (rank, 4)).expect("written");
-    let about = About {
-        progress: Progress { step: 5, samples: 40, updates: 5, scaler: LossScaler::default() },
-        config: serde_json::Value::Null,
-        metrics: Default::default(),
-        branch: None,
-        node_local: false,
-    };
-    checkpoints.commit(&layout, about, (0..4).map(write).collect()).expect("committed");
+    checkpoints.commit(&layout, about(5), (0..4).map(write).collect()).expect("committed");
     let checkpoint = checkpoints.latest().expect("good").checkpoint.expect("one");
     memory.reads.store(0, Ordering::Relaxed);
     for (array, values) in Array::ALL.into_iter().zip(&values) {
