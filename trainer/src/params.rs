@@ -203,6 +203,16 @@ impl Params {
         Self::plain(layout, values)
     }
 
+    /// Values that are on their device already: `value` gives each parameter's, flat, by its number in the layout.
+    /// Trainable ones become leaves whose gradients can be watched.
+    pub fn on_device(layout: &Arc<Layout>, value: impl Fn(usize, &Entry) -> Tensor<1>) -> Self {
+        let values = layout.entries().iter().enumerate().map(|(number, entry)| {
+            let tensor = Tensor::from_inner(value(number, entry));
+            if entry.trainable { tensor.require_grad() } else { tensor }
+        });
+        Self::plain(layout, values.collect())
+    }
+
     fn plain(layout: &Arc<Layout>, values: Vec<Tensor<1>>) -> Self {
         Self { layout: layout.clone(), values: Arc::new(values), dtype: None, watch: None }
     }
@@ -271,18 +281,6 @@ impl Params {
     /// The same values in another float type. Gradients flow back to these.
     pub fn cast(&self, dtype: FloatDType) -> Self {
         Self { dtype: Some(dtype), ..self.clone() }
-    }
-
-    /// Gives `sink` the gradients that the backward pass has left on the parameters: on a backend where they
-    /// are not watched, all of them.
-    pub fn leave_gradients(&self, gradients: &burn::tensor::Gradients, sink: &dyn GradientSink) {
-        for (entry, value) in self.layout.entries.iter().zip(self.values.iter()).filter(|(e, _)| e.trainable)
-        {
-            if let Some(gradient) = value.grad(gradients) {
-                let data = gradient.into_data().convert::<f32>();
-                sink.gradient(entry.offset, data.as_slice::<f32>().expect("converted to f32 above"));
-            }
-        }
     }
 
     /// Writes the gradient of every trainable parameter into the flat array `out`; parameters that

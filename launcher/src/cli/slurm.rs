@@ -251,7 +251,7 @@ impl Arguments {
             arguments.push(given(format!("--config={}", file.display())));
         }
         arguments.extend(self.settings.values.iter().cloned().map(given));
-        if self.gpus_per_node > 0 && config.device.0 == "cpu" {
+        if self.gpus_per_node > 0 && config.device.is_cpu() {
             arguments.push(Argument {
                 text: "device=cuda".into(),
                 why: "each rank takes the GPU of its number on the node",

@@ -52,9 +52,9 @@ impl Subject {
         Self { config, ranks, here, nodes, placed, quick, estimate }
     }
 
-    /// Whether it trains on GPUs.
+    /// Whether it trains on NVIDIA GPUs.
     pub fn on_gpus(&self) -> bool {
-        self.config.device.0 != "cpu"
+        self.config.device.is_cuda()
     }
 
     /// Bytes of a checkpoint.

@@ -2,7 +2,7 @@
 
 use super::{Config, ConfigError, TrainingSamples};
 use crate::checkpoint::storage::{check_url, is_url};
-use crate::model::ModelError;
+use crate::model::{ModelError, Precision};
 use crate::sample::SampleError;
 use crate::telemetry::push;
 
@@ -96,9 +96,15 @@ impl Config {
             push::parse(push_url)
                 .map_err(|problem| ConfigError::value("telemetry.push_url", push_url, problem))?;
         }
-        let device = self.device.0.as_str();
-        if device != "cpu" && device != "cuda" && cuda_index(device).is_none() {
-            return Err(ConfigError::value("device", device, "known are cpu, cuda and cuda:N"));
+        let device = &self.device;
+        let wgpu = device.0 == "wgpu";
+        if !device.is_cpu() && !device.is_cuda() && !wgpu {
+            return Err(ConfigError::value("device", &device.0, "known are cpu, cuda, cuda:N and wgpu"));
+        }
+        if wgpu && train.precision != Precision::F32 {
+            let problem = "device=wgpu computes in f32 only";
+            let named = format!("{:?}", train.precision).to_lowercase();
+            return Err(ConfigError::value("train.precision", named, problem));
         }
         Ok(())
     }

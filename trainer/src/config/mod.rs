@@ -24,7 +24,8 @@ use crate::objective::{Path, Weighting};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// `cpu`, or `cuda:N` in a build with the feature `cuda`. `cuda` alone takes the local rank.
+    /// `cpu`, or `cuda:N` in a build with the feature `cuda`. `cuda` alone takes the local rank. In a build with the
+    /// feature `wgpu` also `wgpu`: whatever Vulkan finds, in float32; slow, and meant for tests of the GPU's code.
     pub device: DeviceName,
     /// The run folder.
     pub run: RunConfig,
@@ -54,6 +55,20 @@ pub struct Config {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct DeviceName(pub String);
+
+impl DeviceName {
+    /// The processor, with the host's memory.
+    #[must_use]
+    pub fn is_cpu(&self) -> bool {
+        self.0 == "cpu"
+    }
+
+    /// An NVIDIA GPU.
+    #[must_use]
+    pub fn is_cuda(&self) -> bool {
+        self.0 == "cuda" || cuda_index(&self.0).is_some()
+    }
+}
 
 impl Default for DeviceName {
     fn default() -> Self {

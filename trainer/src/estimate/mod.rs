@@ -157,7 +157,7 @@ pub fn estimate(config: &Config, job: &Job) -> Estimate {
         0 => rank_batch,
         most => most.min(rank_batch),
     };
-    let on_cpu = config.device.0 == "cpu";
+    let on_cpu = config.device.is_cpu();
     let compute = if on_cpu { Place::Host } else { Place::Device };
     let counts = Counts::of(&sit);
     let pass = Pass::new(&sit, config.train.precision, micro_batch, on_cpu);

@@ -8,7 +8,7 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend};
 
-use super::{GradientSlot, SitGradients, SitOps};
+use super::{SitGradients, SitOps};
 
 /// An operation of one input whose gradient follows from that input.
 macro_rules! unary {
@@ -44,12 +44,6 @@ struct UnpackedAttention;
 
 #[derive(Debug)]
 struct PackedAttention;
-
-#[derive(Debug)]
-struct After;
-
-#[derive(Debug)]
-struct Watch;
 
 #[derive(Debug)]
 struct Linear;
@@ -132,28 +126,6 @@ impl<B: SitGradients> Backward<B, 3> for GatedAdd {
         if let Some(parent) = x_parent {
             grads.register::<B>(parent.id, grad);
         }
-    }
-}
-
-impl<B: SitGradients> Backward<B, 2> for After {
-    type State = ();
-
-    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let grad = grads.consume::<B>(&ops.node);
-        let [x, _] = ops.parents;
-        if let Some(x) = x {
-            grads.register::<B>(x.id, grad);
-        }
-    }
-}
-
-impl<B: SitGradients> Backward<B, 2> for Watch {
-    type State = GradientSlot;
-
-    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let grad = grads.consume::<B>(&ops.node);
-        let GradientSlot { offset, sink } = ops.state;
-        B::show(grad, &mut |values| sink.gradient(offset, values));
     }
 }
 
@@ -324,20 +296,6 @@ impl<B: SitGradients, C: CheckpointStrategy> SitOps for Autodiff<B, C> {
                 prep.finish((saved, probabilities), y)
             }
             OpsKind::UnTracked(prep) => prep.finish(B::packed_attention(qkv.into_primitive(), heads)),
-        }
-    }
-
-    fn after(x: FloatTensor<Self>, other: FloatTensor<Self>) -> FloatTensor<Self> {
-        match After.prepare::<C>([x.node(), other.node()]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish((), x.into_primitive()),
-            OpsKind::UnTracked(prep) => prep.finish(x.into_primitive()),
-        }
-    }
-
-    fn watch(value: FloatTensor<Self>, behind: FloatTensor<Self>, slot: GradientSlot) -> FloatTensor<Self> {
-        match Watch.prepare::<C>([value.node(), behind.node()]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish(slot, value.into_primitive()),
-            OpsKind::UnTracked(prep) => prep.finish(value.into_primitive()),
         }
     }
 

@@ -3,19 +3,19 @@
 //! Each has a definition in `composite`, made of burn's own operations, and may have a fused form on
 //! a backend (`flex/` for the CPU) with a hand-written backward pass (`autodiff`). The functions here
 //! choose: float32 on a backend with fused forms takes those, everything else the composite. To add
-//! a backend, list it in [`SitOps`] and [`SitGradients`] (for CUDA: `Cube: cfg(feature = "cuda")`,
-//! and `Fusion` with each method's metadata), implement both, and extend `fused`.
+//! a backend, list it in [`SitOps`], implement that and [`SitGradients`], and extend `fused`.
 
 pub mod allocator;
 mod autodiff;
 pub mod composite;
 mod flex;
-
-use std::sync::Arc;
+mod watch;
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, DispatchDevice, backend_extension};
 use burn::tensor::{DType, Tensor};
+
+pub use watch::{GradientSink, GradientSlot, after, watch};
 
 /// Fused forms of the operations of this module, on float32 primitives of any strides. The function
 /// of the same name in `composite` is the definition.
@@ -58,12 +58,6 @@ pub trait SitOps: Backend {
     /// x weight^T + bias for x [rows, in], weight [out, in], bias [out].
     fn affine(x: FloatTensor<Self>, weight: FloatTensor<Self>, bias: FloatTensor<Self>) -> FloatTensor<Self>;
 
-    /// See [`after`].
-    fn after(x: FloatTensor<Self>, other: FloatTensor<Self>) -> FloatTensor<Self>;
-
-    /// See [`watch`].
-    fn watch(value: FloatTensor<Self>, behind: FloatTensor<Self>, slot: GradientSlot) -> FloatTensor<Self>;
-
     /// See [`conv2d`], for a 3x3 kernel, stride 1, padding 1: x [N, in, H, W], weight [out, in, 3, 3],
     /// bias [out].
     fn convolve(
@@ -71,25 +65,6 @@ pub trait SitOps: Backend {
         weight: FloatTensor<Self>,
         bias: FloatTensor<Self>,
     ) -> FloatTensor<Self>;
-}
-
-/// Takes gradients of parameters while the backward pass still runs.
-pub trait GradientSink: std::fmt::Debug + Send + Sync {
-    /// The gradient of the parameter that begins at `offset` of the flat array. Given once in each backward
-    /// pass; those of several passes are added.
-    fn gradient(&self, offset: usize, values: &[f32]);
-
-    /// The backward pass that comes next is the last of the step.
-    fn last_part(&self) {}
-}
-
-/// Where the gradient of one parameter goes.
-#[derive(Debug, Clone)]
-pub struct GradientSlot {
-    /// Beginning of the parameter in the flat array.
-    pub offset: usize,
-    /// Who takes it.
-    pub sink: Arc<dyn GradientSink>,
 }
 
 /// What the backward passes need of a backend that has [`SitOps`]: gradients by the inputs, given the
@@ -153,9 +128,6 @@ pub trait SitGradients: SitOps {
     /// The sum over rows: [rows, out] -> [out].
     fn sum_rows(grad: FloatTensor<Self>) -> FloatTensor<Self>;
 
-    /// Shows the elements of a tensor, in order.
-    fn show(x: FloatTensor<Self>, f: &mut dyn FnMut(&[f32]));
-
     /// [`SitOps::convolve`]'s gradient by x.
     fn convolve_backward_input(grad: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
 
@@ -164,28 +136,6 @@ pub trait SitGradients: SitOps {
 
     /// The sum over samples and pixels: [N, channels, H, W] -> [channels].
     fn sum_channels(grad: FloatTensor<Self>) -> FloatTensor<Self>;
-}
-
-/// `x` itself, but what is computed from it counts as deeper in the graph than `other`, which takes no part: the
-/// backward pass comes to it before it comes to what led to `other`. Changes no value and no gradient.
-pub fn after(x: Tensor<3>, other: &Tensor<3>) -> Tensor<3> {
-    if !(fused(&x) && fused(other)) {
-        return x;
-    }
-    Tensor::from_dispatch(Dispatch::after(x.into_dispatch(), other.clone().into_dispatch()))
-}
-
-/// The parameter `value` itself. Its gradient goes to the slot's sink, and no further, as soon as the backward
-/// pass has done with everything that follows `behind` (which takes no part): burn runs a tape by falling
-/// depth in the graph, and this gives a parameter the depth of the place where it is used. Without `behind`
-/// that is the end of the pass. On a backend without fused forms `value` stays a leaf like any other.
-pub fn watch(value: Tensor<1>, behind: Option<&Tensor<3>>, slot: GradientSlot) -> Tensor<1> {
-    if !fused(&value) {
-        return value;
-    }
-    let value = value.into_dispatch();
-    let behind = behind.map_or_else(|| value.clone(), |b| b.clone().into_dispatch());
-    Tensor::from_dispatch(Dispatch::watch(value, behind, slot))
 }
 
 /// Whether the fused forms take this tensor.

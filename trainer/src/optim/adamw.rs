@@ -1,5 +1,6 @@
 //! AdamW (Loshchilov and Hutter, arXiv 1711.05101) as `torch.optim.AdamW` computes it.
 
+use burn::tensor::Tensor;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -53,12 +54,39 @@ impl AdamW {
         exp_avg: &mut [f32],
         exp_avg_sq: &mut [f32],
     ) {
-        assert!(step_number > 0, "steps count from 1");
         let lengths = [grads.len(), exp_avg.len(), exp_avg_sq.len()];
         assert_eq!(lengths, [params.len(); 3], "gradients and moments as long as the parameters");
+        let scalars = self.scalars(step_number, grad_scale);
+        params
+            .par_chunks_mut(CHUNK)
+            .zip(grads.par_chunks(CHUNK))
+            .zip(exp_avg.par_chunks_mut(CHUNK).zip(exp_avg_sq.par_chunks_mut(CHUNK)))
+            .for_each(|((p, g), (m, v))| update(scalars, p, g, m, v));
+    }
+
+    /// The same update of vectors on any device: parameters and moments, as they are and as they become.
+    #[must_use]
+    pub fn step_on_device(
+        &self,
+        step_number: u64,
+        [params, exp_avg, exp_avg_sq]: [Tensor<1>; 3],
+        grads: Tensor<1>,
+        grad_scale: f32,
+    ) -> [Tensor<1>; 3] {
+        let s = self.scalars(step_number, grad_scale);
+        let g = grads * s.grad_scale;
+        let m = exp_avg.clone() + (g.clone() - exp_avg) * s.weight1;
+        let v = exp_avg_sq * s.beta2 + g.clone() * g * s.weight2;
+        let denominator = v.clone().sqrt() * s.inverse_root_correction + s.eps;
+        let p = params * s.keep + m.clone() * s.negative_step / denominator;
+        [p, m, v]
+    }
+
+    fn scalars(&self, step_number: u64, grad_scale: f32) -> Scalars {
+        assert!(step_number > 0, "steps count from 1");
         let correction1 = 1.0 - libm::pow(self.beta1, step_number as f64);
         let correction2 = 1.0 - libm::pow(self.beta2, step_number as f64);
-        let scalars = Scalars {
+        Scalars {
             grad_scale,
             keep: (1.0 - self.lr * self.weight_decay) as f32,
             weight1: (1.0 - self.beta1) as f32,
@@ -67,12 +95,7 @@ impl AdamW {
             inverse_root_correction: (1.0 / correction2.sqrt()) as f32,
             eps: self.eps as f32,
             negative_step: (-self.lr / correction1) as f32,
-        };
-        params
-            .par_chunks_mut(CHUNK)
-            .zip(grads.par_chunks(CHUNK))
-            .zip(exp_avg.par_chunks_mut(CHUNK).zip(exp_avg_sq.par_chunks_mut(CHUNK)))
-            .for_each(|((p, g), (m, v))| update(scalars, p, g, m, v));
+        }
     }
 }
 
@@ -134,6 +157,27 @@ mod tests {
         adamw.step(1, &mut params, &[4.0, -1e-3, 0.0], 1.0, &mut m, &mut v);
         for (p, expected) in params.iter().zip([1.99 - 0.01, 1.99 + 0.01, 1.99]) {
             assert!((p - expected).abs() < 1e-6, "{p} {expected}");
+        }
+    }
+
+    #[test]
+    fn vectors_on_a_device_move_as_those_in_memory() {
+        let n = 1000;
+        let adamw = AdamW { lr: 3e-3, weight_decay: 0.1, ..AdamW::default() };
+        let mut host = [random(n, 0), vec![0.0; n], vec![0.0; n]];
+        let device = burn::tensor::Device::flex();
+        let tensor = |x: &[f32]| Tensor::<1>::from_floats(x, &device);
+        let mut there = host.each_ref().map(|x| tensor(x));
+        for step in 1..=5 {
+            let grads = random(n, step);
+            let [p, m, v] = &mut host;
+            adamw.step(step, p, &grads, 0.5, m, v);
+            there = adamw.step_on_device(step, there, tensor(&grads), 0.5);
+        }
+        for (host, there) in host.iter().zip(there) {
+            let there: Vec<f32> = there.into_data().try_to_vec().unwrap();
+            let largest = host.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+            assert!(host.iter().zip(&there).all(|(a, b)| (a - b).abs() <= 1e-6 * largest));
         }
     }
 

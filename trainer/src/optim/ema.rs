@@ -1,5 +1,6 @@
 //! The exponential moving average of the weights.
 
+use burn::tensor::Tensor;
 use rayon::prelude::*;
 
 use super::CHUNK;
@@ -17,6 +18,13 @@ pub fn ema_update(ema: &mut [f32], params: &[f32], decay: f64) {
     });
 }
 
+/// [`ema_update`] of a vector on any device.
+#[must_use]
+pub fn ema_update_on_device(ema: Tensor<1>, params: Tensor<1>, decay: f64) -> Tensor<1> {
+    let (keep, take) = (decay as f32, (1.0 - decay) as f32);
+    ema * keep + params * take
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -31,6 +39,15 @@ mod tests {
         }
         let expected = 3.0 - 2.0 * 0.9f32.powi(10);
         assert!(ema.iter().all(|e| (e - expected).abs() < 1e-5), "{} {expected}", ema[0]);
+    }
+
+    #[test]
+    fn a_vector_on_a_device_moves_as_one_in_memory() {
+        let (mut ema, params) = ([7.0f32, -1.0, 0.25], [1.0f32, -2.5, 0.1]);
+        let tensor = |x: &[f32]| Tensor::<1>::from_floats(x, &burn::tensor::Device::flex());
+        let there = ema_update_on_device(tensor(&ema), tensor(&params), 0.99);
+        ema_update(&mut ema, &params, 0.99);
+        assert_eq!(there.into_data().try_to_vec::<f32>().unwrap(), ema);
     }
 
     #[test]

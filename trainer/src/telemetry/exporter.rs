@@ -120,8 +120,8 @@ pub fn start(config: &TelemetryConfig, identity: &Identity) -> Result<Exporter, 
     std::thread::Builder::new().name("metrics".into()).spawn(drive).map_err(failed)?;
     announce(identity);
     let gpu = match identity.device.as_str() {
-        "cpu" => None,
-        device => Some(crate::config::cuda_index(device).unwrap_or(identity.local_rank)),
+        "cuda" => Some(identity.local_rank),
+        device => crate::config::cuda_index(device),
     };
     if let Err(error) = host::start(gpu) {
         tracing::warn!("no metrics of the process: {error}");

@@ -18,7 +18,7 @@ pub fn communicator(
     config: &Config,
     comm: Arc<dyn Communicator>,
 ) -> Result<Arc<dyn Communicator>, RemoteError> {
-    let on_gpus = config.device.0 != "cpu";
+    let on_gpus = config.device.is_cuda();
     let wanted = match config.comm.backend {
         Backend::Mpi => false,
         Backend::Auto => on_gpus && comm.size() > 1,

@@ -7,18 +7,17 @@ use half::f16;
 use repa_comm::{Communicator, ReduceOp};
 use serde::Serialize;
 
-use super::buckets::{Exchange, Gradients, Plan};
+use super::control::{self, Control};
+use super::learner::Learner;
+use super::plan::Cut;
 use super::saver::{self, Event, Saver};
-use super::update::{self, Control};
-use super::{Compute, Owned, State, TrainError, session};
+use super::{LossSums, Owned, State, TrainError, session};
 use crate::config::Config;
 use crate::data::batch::rank_samples;
 use crate::data::bench::{imagenet_spec, peak_memory};
 use crate::data::draws::{Draws, Purpose};
 use crate::data::loader::Batch;
 use crate::data::store::{EncoderSpec, Index, Normalisation, StoreSpec};
-use crate::ops::GradientSink;
-use crate::params::Layout;
 
 /// Steps before the clock starts.
 const WARM_UP: usize = 2;
@@ -100,7 +99,7 @@ pub fn run(
     let [step_seconds, compute_seconds, exposed, optimizer_seconds] = medians;
     Ok(StepBench {
         ranks: comm.size(),
-        parameters: stepper.layout.total_len(),
+        parameters: stepper.learner.layout.total_len(),
         global_batch: config.train.global_batch,
         steps,
         step_seconds,
@@ -147,30 +146,20 @@ impl Single {
 
 /// What it takes to train on random data.
 pub(super) struct Stepper {
-    pub(super) layout: Arc<Layout>,
-    pub(super) state: State,
-    pub(super) gradients: Gradients,
-    compute: Compute,
+    pub(super) learner: Learner,
     batch: Batch,
 }
 
 impl Stepper {
     pub(super) fn new(config: &Config, comm: &Arc<dyn Communicator>) -> Result<Self, TrainError> {
         let device = session::open_device(config, comm.as_ref())?;
-        let sit = config.sit();
-        let layout = Arc::new(sit.layout());
+        let layout = Arc::new(config.sit().layout());
         let index = index(config);
         comm.set_hierarchical(config.comm.hierarchical);
-        let plan = Plan::new(&sit, &layout, config.comm.bucket_mib << 20);
-        let gradients = Gradients::new(plan, Exchange::new(config), comm.as_ref());
-        let owned = Owned::new(gradients.owned().iter().cloned());
-        Ok(Self {
-            compute: Compute::new(config, &layout, &index, &device),
-            state: State::new(&layout, config.train.seed, owned),
-            batch: batch(config, &index, comm.as_ref()),
-            gradients,
-            layout,
-        })
+        let cut = Arc::new(Cut::new(config, &layout, comm.as_ref()));
+        let state = State::new(&layout, config.train.seed, Owned::new(cut.owned.iter().cloned()));
+        let batch = batch(config, &index, comm.as_ref());
+        Ok(Self { learner: Learner::new(config, state, cut, layout, &index, &device), batch })
     }
 
     /// One step, with what there is to tell of a save. Gives the times of the whole, of the backward pass, of exposed
@@ -182,17 +171,15 @@ impl Stepper {
         saving: saver::Word,
     ) -> Result<([Duration; 4], Control), TrainError> {
         let begin = Instant::now();
-        let scale = self.state.loss_scale(config);
-        let collector = self.gradients.collect(comm);
-        let sink: Arc<dyn GradientSink> = collector.clone();
-        let (losses, _) = self.compute.gradients(&self.state.params, &self.batch, scale, &sink);
+        let scale = self.learner.state.loss_scale(config);
+        let pass = self.learner.pass(&self.batch, config, comm);
         let computed = begin.elapsed();
-        collector.finish(&mut self.gradients)?;
-        let (denoising, alignment) = (losses.denoising, losses.alignment);
+        let LossSums { denoising, alignment } = pass.losses;
+        let sums = self.learner.sum(pass, comm.as_ref())?;
         let mine = Control { denoising, alignment, saving, ..Control::default() };
-        let (control, norm) = update::agree(mine, &self.gradients, scale, comm.as_ref())?;
+        let (control, norm) = control::agree(mine, sums.squared, scale, comm.as_ref())?;
         let summed = begin.elapsed();
-        let (_, waited) = update::step(&mut self.state, &mut self.gradients, norm, config, comm.as_ref())?;
+        let (_, waited) = self.learner.step(norm, config, comm.as_ref())?;
         let all = begin.elapsed();
         Ok(([all, computed, summed - computed + waited, all - summed - waited], control))
     }
@@ -212,7 +199,7 @@ impl Stepper {
 }
 
 /// Data that the configuration's model fits.
-fn index(config: &Config) -> Index {
+pub(super) fn index(config: &Config) -> Index {
     let sit = config.sit();
     let encoder = |(i, &dim): (usize, &usize)| EncoderSpec { id: i.to_string(), tokens: sit.tokens(), dim };
     let spec = StoreSpec {
@@ -228,7 +215,7 @@ fn index(config: &Config) -> Index {
 }
 
 /// This rank's part of a batch of random numbers.
-fn batch(config: &Config, index: &Index, comm: &dyn Communicator) -> Batch {
+pub(super) fn batch(config: &Config, index: &Index, comm: &dyn Communicator) -> Batch {
     let contents = &index.contents;
     let samples = rank_samples(0, config.train.global_batch, comm.rank(), comm.size());
     let count = (samples.end - samples.start) as usize;

@@ -115,15 +115,15 @@ fn measure(
     let saver = Saver::new(
         &config,
         checkpoints.clone(),
-        &stepper.layout,
+        &stepper.learner.layout,
         placement.clone(),
-        &stepper.state,
+        &stepper.learner.state.owned,
         None,
         comm,
     );
     let mut saver = agree(comm, saver)?;
-    let own = Owned::new(stepper.gradients.owned().iter().cloned());
-    let params = stepper.state.params.len();
+    let own = Owned::new(stepper.learner.cut.owned.iter().cloned());
+    let params = stepper.learner.layout.trainable_len();
     let mut turns: Vec<[f64; 6]> = Vec::new();
     let (mut costs, mut during) = (Vec::new(), 0);
     let mut bytes = 0;
@@ -131,28 +131,28 @@ fn measure(
     // from the host of a virtual machine, that would take longer than the disk.
     let mut memory = None;
     for turn in 0..options.turns {
-        stepper.state.step += 1;
+        stepper.learner.state.step += 1;
         if comm.rank() == 0 {
             settle();
         }
         agree(comm, comm.barrier().map_err(TrainError::from))?;
         let memcpy = agree(comm, memcpy(comm, 4 * (4 * params).div_ceil(comm.size())))?;
-        pass_over(&stepper.state);
+        pass_over(&stepper.learner.state);
         agree(comm, comm.barrier().map_err(TrainError::from))?;
         let begun = Instant::now();
-        agree(comm, saver.save(&stepper.state, &config, comm).map(drop))?;
+        agree(comm, saver.save(&stepper.learner, &config, comm).map(drop))?;
         let snapshot = begun.elapsed().as_secs_f64();
         agree(comm, saver.drain(comm).map(drop))?;
         let write = begun.elapsed().as_secs_f64();
-        agree(comm, saver.check_durable(stepper.state.step))?;
+        agree(comm, saver.check_durable(stepper.learner.state.step))?;
 
-        let opened = checkpoints.open(stepper.state.step);
+        let opened = checkpoints.open(stepper.learner.state.step);
         bytes = agree(comm, opened.map_err(TrainError::from))?.bytes();
         let dd = on_first(comm, || dd(&folder(options), bytes))?;
 
         // Once before the clock: where a virtual machine gives free memory back to its host, the first to use it again
         // waits for that, and neither reading should always be it.
-        let saved = checkpoints.path(stepper.state.step);
+        let saved = checkpoints.path(stepper.learner.state.step);
         on_first(comm, || plain(&saved))?;
         let read_plainly = || on_first(comm, || plain(&saved));
         let mut read_checkpoint = || {
@@ -164,7 +164,7 @@ fn measure(
                 checkpoints: &checkpoints,
                 placement: &placement,
                 wanted: Wanted::Newest,
-                layout: &stepper.layout,
+                layout: &stepper.learner.layout,
                 owned: &own,
                 allowed: &|_| Ok(()),
             };
@@ -240,7 +240,7 @@ fn steps(
         without += timed(stepper, saver)?.0;
     }
     let without = without / count as f64;
-    saver.save(&stepper.state, config, comm.as_ref())?;
+    saver.save(&stepper.learner, config, comm.as_ref())?;
     let (mut with, mut during) = (0.0, 0);
     loop {
         let (seconds, durable) = timed(stepper, saver)?;

@@ -74,12 +74,16 @@ impl Compute {
         }
     }
 
+    /// Weights to compute with, from the flat array in layout order.
+    pub fn params(&self, weights: &[f32]) -> Params {
+        Params::from_flat(&self.layout, weights, &self.device)
+    }
+
     /// Gives `sink` this rank's part of the gradient of `loss_scale` x the mean loss over the *global* batch, so
     /// that the sum over ranks is that gradient, however the batch is cut into ranks and micro-batches.
-    /// `weights` is the flat array in layout order.
     pub fn gradients(
         &self,
-        weights: &[f32],
+        params: &Params,
         batch: &Batch,
         loss_scale: f32,
         sink: &Arc<dyn GradientSink>,
@@ -92,16 +96,23 @@ impl Compute {
         }
         let begun = Instant::now();
         let inputs = Inputs::new(batch, &self.index, &self.objective);
-        let params = Params::from_flat(&self.layout, weights, &self.device);
         details.upload += begun.elapsed();
         let most = if self.micro_batch == 0 { samples } else { self.micro_batch };
+        let mut losses = Vec::new();
         for start in (0..samples).step_by(most) {
             let part = start..(start + most).min(samples);
             if part.end == samples {
                 sink.last_part();
             }
-            self.part(&params, batch, &inputs, part, loss_scale, (&mut sums, &mut details), sink);
+            let of_part = self.part(params, batch, &inputs, part.clone(), loss_scale, &mut details, sink);
+            losses.push((part, of_part));
         }
+        // Last of all: on a GPU, whoever reads a number waits for all that was put in its queue before.
+        let begun = Instant::now();
+        for (part, losses) in losses {
+            losses.add_to(&mut sums, &mut details, &inputs.times[part]);
+        }
+        details.backward += begun.elapsed();
         (sums, details)
     }
 
@@ -113,9 +124,9 @@ impl Compute {
         inputs: &Inputs,
         samples: Range<usize>,
         loss_scale: f32,
-        (sums, details): (&mut LossSums, &mut Details),
+        details: &mut Details,
         sink: &Arc<dyn GradientSink>,
-    ) {
+    ) -> Losses {
         let begun = Instant::now();
         let count = samples.len();
         let (size, channels) = (self.sit.input_size, self.sit.in_channels);
@@ -137,28 +148,26 @@ impl Compute {
             interpolate(self.objective.path, images(&inputs.latents), images(&batch.noise), t.clone());
         let output = Sit::bind_watched(&self.sit, params, self.precision, sink).forward(x_t, t, labels);
         let denoising = denoising_loss(output.velocity, target);
-        let each = values(denoising.clone());
-        sums.denoising += each.iter().sum::<f64>();
-        for (loss, &t) in each.iter().zip(&inputs.times[samples]) {
-            let part = ((t * TIMESTEP_PARTS as f32) as usize).min(TIMESTEP_PARTS - 1);
-            details.timesteps[part].0 += loss;
-            details.timesteps[part].1 += 1;
-        }
+        let mut losses = Losses {
+            denoising: denoising.clone().inner(),
+            similarities: Vec::new(),
+            alignment: None,
+        };
         let mut total = denoising.sum();
         if self.aligns() {
             let similarities = similarities(output.projected, &features);
-            for (sum, similarity) in details.encoders.iter_mut().zip(&similarities) {
-                *sum -= values(similarity.clone()).iter().sum::<f64>();
-            }
+            losses.similarities = similarities.iter().map(|s| s.clone().inner()).collect();
             let alignment = alignment_of(&similarities);
-            sums.alignment += values(alignment.clone()).iter().sum::<f64>();
+            losses.alignment = Some(alignment.clone().inner());
             total = total + alignment.sum() * self.coefficient;
         }
         let loss = total * (f64::from(loss_scale) / self.global_batch as f64);
         details.forward += begun.elapsed();
         let begun = Instant::now();
-        params.leave_gradients(&loss.backward(), sink.as_ref());
+        // All gradients go to the sink, and nothing is left.
+        drop(loss.backward());
         details.backward += begun.elapsed();
+        losses
     }
 
     /// Whether there is an alignment loss.
@@ -183,6 +192,31 @@ impl Compute {
                 )
             })
             .collect()
+    }
+}
+
+/// Losses of each sample of a part, where they were computed.
+struct Losses {
+    denoising: Tensor<1>,
+    /// By encoder.
+    similarities: Vec<Tensor<1>>,
+    alignment: Option<Tensor<1>>,
+}
+
+impl Losses {
+    /// Adds them up; `times` are the samples' t.
+    fn add_to(self, sums: &mut LossSums, details: &mut Details, times: &[f32]) {
+        let each = values(self.denoising);
+        sums.denoising += each.iter().sum::<f64>();
+        for (loss, &t) in each.iter().zip(times) {
+            let part = ((t * TIMESTEP_PARTS as f32) as usize).min(TIMESTEP_PARTS - 1);
+            details.timesteps[part].0 += loss;
+            details.timesteps[part].1 += 1;
+        }
+        for (sum, similarity) in details.encoders.iter_mut().zip(self.similarities) {
+            *sum -= values(similarity).iter().sum::<f64>();
+        }
+        sums.alignment += self.alignment.map_or(0.0, |alignment| values(alignment).iter().sum());
     }
 }
 

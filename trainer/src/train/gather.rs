@@ -327,7 +327,7 @@ mod tests {
     use crate::flat::Flat;
     use crate::model::SitConfig;
     use crate::objective::LossScaler;
-    use crate::train::buckets::{Exchange, Plan, owned};
+    use crate::train::plan::{Cut, Exchange, Plan};
     use crate::train::snapshot::Snapshot;
     use proptest::prelude::*;
     use repa_comm::{Wire, shard_range};
@@ -353,7 +353,7 @@ mod tests {
     fn owned_by(rank: usize, (world, sharded, bytes): Job) -> Owned {
         let exchange = Exchange { overlap: true, wire: Wire::F32, sharded };
         let plan = Plan::new(&sit(), &sit().layout(), bytes);
-        Owned::new(owned(&plan, exchange, |len| shard_range(len, rank, world)))
+        Owned::new(Cut::of(plan, exchange, |len| shard_range(len, rank, world)).owned)
     }
 
     fn whole(job: Job, states: &[State]) -> [Flat; 4] {

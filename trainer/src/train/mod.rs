@@ -5,6 +5,7 @@ pub mod bench;
 mod buckets;
 pub mod checkpoint_bench;
 mod compute;
+mod control;
 mod environment;
 mod error;
 mod feed;
@@ -12,7 +13,10 @@ mod folder;
 mod gather;
 mod inputs;
 mod lead;
+mod learner;
 mod placement;
+mod plan;
+mod resident;
 mod resume;
 mod samples;
 mod saver;
@@ -22,7 +26,6 @@ mod state;
 mod status;
 mod stop;
 pub mod telemetry_bench;
-mod update;
 mod watch;
 
 use std::sync::Arc;
@@ -43,14 +46,13 @@ pub use stop::StopRequest;
 
 use crate::config::{Config, Loaded};
 use crate::exit::Outcome;
-use crate::ops::GradientSink;
 use crate::telemetry::events::EventKind;
 use crate::telemetry::record::{RankRecord, StepRecord};
 use crate::telemetry::set_step;
-use buckets::{Exchange, Gradients, Plan};
+use control::Control;
+use plan::Cut;
 use session::Session;
 use state::Skipped;
-use update::Control;
 
 /// Trains to `train.steps`, or until a stop is asked for. Called by all ranks.
 ///
@@ -64,11 +66,11 @@ pub fn train(
     let config = &loaded.config;
     let mut session = begin(loaded, comm.as_ref(), stop)?;
     let outcome = loop {
-        if session.state.step >= config.train.steps {
+        if session.learner.state.step >= config.train.steps {
             break Outcome::Done;
         }
         let asked = end_unless_agreed(session.step(config, comm, stop), comm.as_ref())?;
-        let step = session.state.step;
+        let step = session.learner.state.step;
         let last = step == config.train.steps;
         end_unless_agreed(session.sample(comm.as_ref()), comm.as_ref())?;
         let due = config.checkpoint.every > 0 && step.is_multiple_of(config.checkpoint.every);
@@ -110,12 +112,11 @@ fn begin(loaded: &Loaded, comm: &dyn Communicator, stop: &mut StopRequest) -> Re
     let board = agree(comm, Board::start(comm).map_err(TrainError::from))?;
     comm.set_hierarchical(config.comm.hierarchical);
     let layout = Arc::new(config.sit().layout());
-    let plan = Plan::new(&config.sit(), &layout, config.comm.bucket_mib << 20);
-    let gradients = Gradients::new(plan, Exchange::new(config), comm);
-    let owned = Owned::new(gradients.owned().iter().cloned());
+    let cut = Arc::new(Cut::new(config, &layout, comm));
+    let owned = Owned::new(cut.owned.iter().cloned());
     let beginning = resume::begin(loaded, comm, stop, &layout, owned)?;
     let session =
-        agree(comm, Session::open(config, comm, &data, &device, layout, gradients, board, beginning))?;
+        agree(comm, Session::open(config, comm, &data, &device, layout, cut, board, beginning))?;
     agree(comm, session.announce(config, comm))?;
     Ok(session)
 }
@@ -150,25 +151,24 @@ impl Session {
         stop: &StopRequest,
     ) -> Result<Asked, TrainError> {
         let started = Instant::now();
-        comm.set_step(self.state.step + 1);
-        set_step(self.state.step + 1);
-        self.board.publish_step(self.state.step + 1);
+        comm.set_step(self.learner.state.step + 1);
+        set_step(self.learner.state.step + 1);
+        self.board.publish_step(self.learner.state.step + 1);
         self.board.publish_phase(Phase::WaitingForData);
         let (batch, data_wait) = self.feed.next()?;
 
         self.board.publish_phase(Phase::Computing);
         let computing = Instant::now();
-        let scale = self.state.loss_scale(config);
+        let scale = self.learner.state.loss_scale(config);
         let before = comm.traffic();
-        let collector = self.gradients.collect(comm);
-        let sink: Arc<dyn GradientSink> = collector.clone();
-        let (losses, details) = self.compute.gradients(&self.state.params, &batch, scale, &sink);
+        let mut pass = self.learner.pass(&batch, config, comm);
+        let (losses, details) = (pass.losses, std::mem::take(&mut pass.details));
         let compute = computing.elapsed();
 
         // What is left of the sums when the backward pass is done: the exposed part of communication.
         self.board.publish_phase(Phase::Communicating);
         let talking = Instant::now();
-        let finite = collector.finish(&mut self.gradients)?;
+        let sums = self.learner.sum(pass, comm.as_ref())?;
         let flag = |asked: bool| f64::from(u8::from(asked));
         let mine = Control {
             denoising: losses.denoising,
@@ -177,15 +177,14 @@ impl Session {
             save: flag(comm.rank() == 0 && (stop.save_requested() || self.saver.due_by_clock())),
             saving: self.saver.word(comm.as_ref()),
         };
-        let (control, norm) = update::agree(mine, &self.gradients, scale, comm.as_ref())?;
+        let (control, norm) = control::agree(mine, sums.squared, scale, comm.as_ref())?;
         let exposed = talking.elapsed();
 
         self.board.publish_phase(Phase::Optimizing);
         let optimizing = Instant::now();
-        let learning_rate = self.state.learning_rate(config);
-        let (skipped, waited) =
-            update::step(&mut self.state, &mut self.gradients, norm, config, comm.as_ref())?;
-        self.count_skips(config, comm.as_ref(), skipped, finite)?;
+        let learning_rate = self.learner.state.learning_rate(config);
+        let (skipped, waited) = self.learner.step(norm, config, comm.as_ref())?;
+        self.count_skips(config, comm.as_ref(), skipped, sums.finite)?;
         let optimizer = optimizing.elapsed() - waited;
 
         // Own work: what other ranks keep this one waiting for would make all alike.
@@ -196,7 +195,7 @@ impl Session {
         let (denoising, alignment) = (control.denoising / samples, control.alignment / samples);
         let seconds = started.elapsed().as_secs_f64();
         let record = StepRecord {
-            step: self.state.step,
+            step: self.learner.state.step,
             loss: denoising + config.alignment.coefficient * alignment,
             denoising_loss: denoising,
             alignment_loss: alignment,
@@ -245,7 +244,7 @@ impl Session {
             let mine = if own_is_finite { comm.size() } else { comm.rank() };
             let mut lowest = [mine as i64];
             comm.all_reduce_i64(&mut lowest, ReduceOp::Min)?;
-            self.first_skipped = (self.state.step, lowest[0] as usize);
+            self.first_skipped = (self.learner.state.step, lowest[0] as usize);
         }
         self.skipped_in_a_row += 1;
         if self.skipped_in_a_row < config.train.max_skipped_steps {

@@ -13,9 +13,10 @@ use metrics::{counter, gauge, histogram};
 use repa_comm::{CommError, Communicator, ReduceOp};
 use serde::{Deserialize, Serialize};
 
+use super::learner::Learner;
 use super::placement::Placement;
 use super::snapshot::{Report, Setting, Writer};
-use super::{State, TrainError, resume};
+use super::{Owned, TrainError, resume};
 use crate::checkpoint::{About, CheckpointError, Checkpoints, Progress, ShardRecord};
 use crate::config::{CheckpointConfig, Config, Sharding};
 use crate::params::Layout;
@@ -84,13 +85,13 @@ pub(super) struct Saver {
 }
 
 impl Saver {
-    /// For a run that goes on from `state`, whose checkpoint is durable if it is not the first.
+    /// For a rank that owns this of the optimizer's state.
     pub(super) fn new(
         config: &Config,
         checkpoints: Checkpoints,
         layout: &Arc<Layout>,
         placement: Placement,
-        state: &State,
+        owned: &Owned,
         branch: Option<u64>,
         comm: &dyn Communicator,
     ) -> Result<Self, TrainError> {
@@ -104,7 +105,7 @@ impl Saver {
             sharded: config.optimizer.sharding == Sharding::Zero1,
             place: (comm.rank(), comm.size()),
         };
-        let writer = Writer::start(setting, state)
+        let writer = Writer::start(setting, owned)
             .map_err(|e| TrainError::Setup { what: "the checkpoint thread", problem: e.to_string() })?;
         Ok(Self {
             config: keep.clone(),
@@ -240,15 +241,16 @@ impl Saver {
     /// As [`Saver::learn`].
     pub(super) fn save(
         &mut self,
-        state: &State,
+        learner: &Learner,
         config: &Config,
         comm: &dyn Communicator,
     ) -> Result<Vec<Event>, TrainError> {
+        let state = &learner.state;
         let waiting = Instant::now();
         let mut events = self.drain(comm)?;
         self.begun = Instant::now();
         self.last_save = self.begun;
-        self.writer.write(state);
+        self.writer.write(state.step, learner.source());
         let steps = self.steps.max(1) as f64;
         let means = MEANS.iter().zip(self.sums).map(|((name, _), sum)| ((*name).to_owned(), sum / steps));
         let metrics = if self.steps == 0 { BTreeMap::new() } else { means.collect() };

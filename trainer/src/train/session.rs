@@ -7,19 +7,19 @@ use metrics::{gauge, histogram};
 use repa_comm::board::Phase;
 use repa_comm::{Board, Communicator};
 
-use super::buckets::Gradients;
 use super::feed::{Data, Feed};
 use super::folder;
 use super::lead::Lead;
+use super::learner::Learner;
+use super::plan::Cut;
 use super::resume::Beginning;
 use super::samples::Samples;
 use super::saver::{Event, Saver};
-use super::{Compute, State, StopRequest, TrainError};
+use super::{StopRequest, TrainError};
 use crate::Device;
 use crate::config::{Config, ConfigError, Loaded};
 use crate::data::loader::LoaderPlan;
 use crate::exit::Outcome;
-use crate::optim::global_norm;
 use crate::params::Layout;
 use crate::telemetry::events::EventKind;
 use crate::telemetry::exporter::{self, Exporter, Identity};
@@ -28,10 +28,7 @@ use crate::telemetry::record::{Facts, RankRecord, StepRecord};
 
 /// One rank's part of a run.
 pub(super) struct Session {
-    pub(super) layout: Arc<Layout>,
-    pub(super) state: State,
-    pub(super) compute: Compute,
-    pub(super) gradients: Gradients,
+    pub(super) learner: Learner,
     pub(super) feed: Feed,
     pub(super) saver: Saver,
     pub(super) board: Arc<Board>,
@@ -59,7 +56,7 @@ impl Session {
         data: &Data,
         device: &Device,
         layout: Arc<Layout>,
-        gradients: Gradients,
+        cut: Arc<Cut>,
         board: Arc<Board>,
         beginning: Beginning,
     ) -> Result<Self, TrainError> {
@@ -91,19 +88,16 @@ impl Session {
                 Ok::<_, TrainError>(lead)
             })
             .transpose()?;
-        let mut saver = Saver::new(config, checkpoints, &layout, placement, &state, branch, comm)?;
+        let mut saver = Saver::new(config, checkpoints, &layout, placement, &state.owned, branch, comm)?;
         if durable {
             saver.is_durable(state.step);
         }
         Ok(Self {
-            compute: Compute::new(config, &layout, data.index(), device),
-            gradients,
             feed: data.feed(plan)?,
             skipped_in_a_row: 0,
             first_skipped: (0, 0),
             samples: Samples::open(config, data.index(), &layout, device, &mut said)?,
-            layout,
-            state,
+            learner: Learner::new(config, state, cut, layout, data.index(), device),
             saver,
             board,
             exporter,
@@ -126,7 +120,7 @@ impl Session {
         let Some(lead) = &self.lead else { return Ok(()) };
         let targets = folder::targets(&config.run.dir);
         lead.targets(config, &addresses)?;
-        let millions = self.layout.total_len() as f64 / 1e6;
+        let millions = self.learner.layout.total_len() as f64 / 1e6;
         let topology = comm.topology();
         let plural = |n: usize, what: &str| if n == 1 { format!("1 {what}") } else { format!("{n} {what}s") };
         let say = |text: String| lead.progress.line(&text);
@@ -139,13 +133,13 @@ impl Session {
             config.device.0,
         );
         say(format!("repa-dist {}: {millions:.2} M parameters, {ranks}", env!("CARGO_PKG_VERSION")));
-        let from = if self.state.step == 0 { "from the beginning" } else { "from a checkpoint" };
+        let from = if self.learner.state.step == 0 { "from the beginning" } else { "from a checkpoint" };
         self.note(EventKind::Start, &format!("{from}: {ranks}"));
         if let Some(first) = addresses.first() {
             let whose = if config.telemetry.node_port == 0 { "rank 0" } else { "all of rank 0's host" };
             say(format!("metrics: http://{first}/metrics ({whose}); all addresses in {}", targets.display()));
         }
-        match self.state.step {
+        match self.learner.state.step {
             0 => say(format!("run: {}, {} steps", config.run.dir.display(), config.train.steps)),
             step => say(format!(
                 "run: {}, going on from step {step} to {}",
@@ -167,7 +161,7 @@ impl Session {
         record.publish(rank, &self.facts);
         // A pass over all weights: seldom, and by one rank.
         if self.lead.is_some() && (record.step == 1 || record.step.is_multiple_of(NORM_EVERY)) {
-            gauge!(names::PARAMETER_NORM).set(global_norm(&self.state.params));
+            gauge!(names::PARAMETER_NORM).set(self.learner.parameter_norm());
         }
         match &mut self.lead {
             Some(lead) => lead.tell(record, run),
@@ -178,11 +172,11 @@ impl Session {
     /// Draws a grid of sample images, if one is due after this step. Called by all ranks. Comes before the step's save,
     /// so that a run that goes on from there has no grid to make up for.
     pub(super) fn sample(&mut self, comm: &dyn Communicator) -> Result<(), TrainError> {
-        let step = self.state.step;
+        let step = self.learner.state.step;
         let Some(samples) = self.samples.as_ref().filter(|samples| samples.due(step)) else { return Ok(()) };
         let begun = Instant::now();
         self.board.publish_phase(Phase::Sampling);
-        let average = self.gradients.whole(&self.state.ema, comm)?;
+        let average = self.learner.average(comm)?;
         let drawn = samples.draw(&average, step, comm)?;
         if let (Some(lead), Some(drawn)) = (&mut self.lead, drawn) {
             lead.show(step, drawn);
@@ -203,7 +197,7 @@ impl Session {
             tracing::warn!("cannot remove the file SAVE, so that every step will save: {error}");
         }
         self.board.publish_phase(Phase::Saving);
-        let events = self.saver.save(&self.state, config, comm)?;
+        let events = self.saver.save(&self.learner, config, comm)?;
         self.board.publish_phase(Phase::Idle);
         events.iter().for_each(|event| self.say(event));
         Ok(())
@@ -214,7 +208,7 @@ impl Session {
         self.board.publish_phase(Phase::Saving);
         let events = self.saver.drain(comm)?;
         events.iter().for_each(|event| self.say(event));
-        self.saver.check_durable(self.state.step)
+        self.saver.check_durable(self.learner.state.step)
     }
 
     /// Says what has become of a save, on rank 0.
@@ -235,7 +229,7 @@ impl Session {
     /// Adds to the run's events, on rank 0.
     pub(super) fn note(&self, kind: EventKind, text: &str) {
         if let Some(lead) = &self.lead {
-            lead.events.tell(kind, self.state.step, text);
+            lead.events.tell(kind, self.learner.state.step, text);
         }
     }
 
@@ -284,8 +278,24 @@ pub fn device(name: &str, local_rank: usize) -> Result<Device, TrainError> {
     if name == "cpu" {
         return Ok(Device::flex());
     }
+    if name == "wgpu" {
+        return wgpu_device();
+    }
     let index = crate::config::cuda_index(name).unwrap_or(local_rank);
     cuda_device(name, index)
+}
+
+#[cfg(feature = "wgpu")]
+#[expect(clippy::unnecessary_wraps, reason = "a build without it has an error to tell")]
+fn wgpu_device() -> Result<Device, TrainError> {
+    Ok(Device::wgpu(burn::tensor::DeviceKind::DefaultDevice))
+}
+
+#[cfg(not(feature = "wgpu"))]
+fn wgpu_device() -> Result<Device, TrainError> {
+    let problem = "this binary was built without it: build it with `cargo build --release --features wgpu`, or use \
+                   device=cpu";
+    Err(ConfigError::value("device", "wgpu", problem).into())
 }
 
 #[cfg(feature = "cuda")]

@@ -6,16 +6,21 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 
 use repa_comm::{copy, shard_range};
 
-use super::State;
+use super::{Owned, State};
 use crate::checkpoint::{About, Array, CheckpointError, Checkpoints, Part, Retention, ShardRecord};
 use crate::flat::{self, Flat};
 use crate::params::Layout;
 
 /// The ranges of each array that a rank writes: an even part of what all ranks have, and of a sharded optimizer's
 /// state what it has.
-fn written(state: &State, sharded: bool, (rank, world): (usize, usize)) -> [(Array, Vec<Range<usize>>); 4] {
-    let even = vec![even_part(state.params.len(), rank, world)];
-    let own = if sharded { state.owned.ranges().to_vec() } else { even.clone() };
+fn written(
+    len: usize,
+    owned: &Owned,
+    sharded: bool,
+    (rank, world): (usize, usize),
+) -> [(Array, Vec<Range<usize>>); 4] {
+    let even = vec![even_part(len, rank, world)];
+    let own = if sharded { owned.ranges().to_vec() } else { even.clone() };
     [(Array::Model, even), (Array::Ema, own.clone()), (Array::ExpAvg, own.clone()), (Array::ExpAvgSq, own)]
 }
 
@@ -25,6 +30,24 @@ fn even_part(len: usize, rank: usize, world: usize) -> Range<usize> {
     const LINE: usize = 64 / size_of::<f32>();
     let lines = shard_range(len.div_ceil(LINE), rank, world);
     len.min(lines.start * LINE)..len.min(lines.end * LINE)
+}
+
+/// Where a rank's arrays are.
+pub(super) trait Source {
+    /// Copies a range of the flat array, which is part of one of those that the rank owns unless it is of the weights.
+    fn copy(&self, array: Array, range: &Range<usize>, out: &mut [f32]);
+}
+
+impl Source for State {
+    fn copy(&self, array: Array, range: &Range<usize>, out: &mut [f32]) {
+        let source = match array {
+            Array::Model => return copy::past_caches(&self.params[range.clone()], out),
+            Array::Ema => &self.ema,
+            Array::ExpAvg => &self.exp_avg,
+            Array::ExpAvgSq => &self.exp_avg_sq,
+        };
+        copy::past_caches(&source[self.owned.local(range)], out);
+    }
 }
 
 /// A rank's part of a checkpoint, in memory of its own.
@@ -43,19 +66,11 @@ impl Snapshot {
     }
 
     /// Copies what is to be written.
-    fn take(&mut self, state: &State, sharded: bool) {
+    fn take(&mut self, source: &dyn Source) {
         for (array, ranges, values) in &mut self.parts {
-            let (source, local) = match array {
-                Array::Model => (&state.params, false),
-                Array::Ema => (&state.ema, true),
-                Array::ExpAvg => (&state.exp_avg, true),
-                Array::ExpAvgSq => (&state.exp_avg_sq, true),
-            };
             let mut at = 0;
             for range in ranges {
-                // A sharded optimizer's own arrays are what this rank writes of them, in the same order.
-                let from = if local && sharded { at..at + range.len() } else { range.clone() };
-                copy::past_caches(&source[from], &mut values[at..at + range.len()]);
+                source.copy(*array, range, &mut values[at..at + range.len()]);
                 at += range.len();
             }
         }
@@ -64,8 +79,8 @@ impl Snapshot {
     /// A copy of a state's part.
     #[cfg(test)]
     pub(super) fn of(state: &State, sharded: bool, place: (usize, usize)) -> Self {
-        let mut snapshot = Self::new(&written(state, sharded, place));
-        snapshot.take(state, sharded);
+        let mut snapshot = Self::new(&written(state.params.len(), &state.owned, sharded, place));
+        snapshot.take(state);
         snapshot
     }
 
@@ -104,7 +119,6 @@ pub(super) struct Writer {
     /// Where snapshots come back from.
     free: Receiver<Snapshot>,
     thread: Option<std::thread::JoinHandle<()>>,
-    sharded: bool,
 }
 
 /// What a writer works with.
@@ -121,13 +135,12 @@ pub(super) struct Setting {
 const NICE: i32 = 10;
 
 impl Writer {
-    /// Starts the thread, which makes room for this state's snapshots first.
-    pub(super) fn start(setting: Setting, state: &State) -> std::io::Result<Self> {
+    /// Starts the thread, which makes room for the snapshots of a rank that owns this first.
+    pub(super) fn start(setting: Setting, owned: &Owned) -> std::io::Result<Self> {
         let (orders, inbox) = channel::<Order>();
         let (outbox, reports) = channel();
         let (back, free) = channel();
-        let sharded = setting.sharded;
-        let ranges = written(state, sharded, setting.place);
+        let ranges = written(setting.layout.trainable_len(), owned, setting.sharded, setting.place);
         let thread = std::thread::Builder::new().name("checkpoint".into()).spawn(move || {
             // On Linux a thread's own. Without it things are as they were.
             let _ = rustix::process::nice(NICE);
@@ -141,7 +154,7 @@ impl Writer {
                 }
             }
         })?;
-        Ok(Self { orders: Some(orders), reports, free, thread: Some(thread), sharded })
+        Ok(Self { orders: Some(orders), reports, free, thread: Some(thread) })
     }
 
     fn order(&self, order: Order) {
@@ -153,10 +166,10 @@ impl Writer {
 
     /// Copies the state, and lets the copy be written. One save at a time: the report of the last one has to have
     /// come.
-    pub(super) fn write(&self, state: &State) {
+    pub(super) fn write(&self, step: u64, source: &dyn Source) {
         if let Ok(mut snapshot) = self.free.recv() {
-            snapshot.take(state, self.sharded);
-            self.order(Order::Write(state.step, snapshot));
+            snapshot.take(source);
+            self.order(Order::Write(step, snapshot));
         }
     }
 

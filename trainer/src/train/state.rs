@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use burn::tensor::Tensor;
+
 use crate::checkpoint::Progress;
 use crate::config::Config;
 use crate::flat::{self, Flat};
@@ -83,7 +85,7 @@ pub struct State {
     pub samples: u64,
     /// Steps that AdamW has made; its bias correction counts these.
     pub updates: u64,
-    /// Weights, all of them.
+    /// Weights, all of them. This and the three averages below are empty where training on a GPU has them there.
     pub params: Flat,
     /// What the next three hold.
     pub owned: Owned,
@@ -103,6 +105,20 @@ pub(super) struct Update {
     adamw: AdamW,
     grad_scale: f32,
     ema_decay: f64,
+    /// Counts from 1.
+    number: u64,
+}
+
+impl Update {
+    /// Weights and both moments on a device, moved by gradients there.
+    pub(super) fn moved(&self, arrays: [Tensor<1>; 3], gradients: Tensor<1>) -> [Tensor<1>; 3] {
+        self.adamw.step_on_device(self.number, arrays, gradients, self.grad_scale)
+    }
+
+    /// Decay of the weights' moving average.
+    pub(super) fn ema_decay(&self) -> f64 {
+        self.ema_decay
+    }
 }
 
 /// Why a step left the weights as they were.
@@ -134,6 +150,12 @@ impl State {
             params: flat::copied(params),
             scaler: LossScaler::default(),
         }
+    }
+
+    /// Gives away weights, average and moments.
+    pub(super) fn take_arrays(&mut self) -> [Flat; 4] {
+        [&mut self.params, &mut self.ema, &mut self.exp_avg, &mut self.exp_avg_sq]
+            .map(|array| std::mem::replace(array, flat::zeros(0)))
     }
 
     /// The state that a checkpoint holds: weights, and of `owned` the moving average and both moments.
@@ -182,14 +204,14 @@ impl State {
         };
         let grad_scale = clip_coefficient(norm, optimizer.max_grad_norm) / scale;
         self.updates += 1;
-        Ok(Update { adamw, grad_scale, ema_decay: optimizer.ema_decay })
+        Ok(Update { adamw, grad_scale, ema_decay: optimizer.ema_decay, number: self.updates })
     }
 
     /// Moves the weights of an owned range by their gradients.
     pub(super) fn apply(&mut self, update: &Update, range: &Range<usize>, gradients: &[f32]) {
         let local = self.owned.local(range);
         update.adamw.step(
-            self.updates,
+            update.number,
             &mut self.params[range.clone()],
             gradients,
             update.grad_scale,

@@ -38,11 +38,6 @@ fn fold(parts: &[f32], groups: usize, width: usize) -> Vec<f32> {
 }
 
 impl SitGradients for Flex {
-    fn show(x: FlexTensor, f: &mut dyn FnMut(&[f32])) {
-        let x = contiguous(x);
-        f(values(&x));
-    }
-
     fn gelu_tanh_backward(x: FlexTensor, grad: FlexTensor) -> FlexTensor {
         map_backward(x, grad, PIECE, |x, grad| simd::run(elementwise::GeluBackward { x, grad }))
     }

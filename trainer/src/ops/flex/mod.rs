@@ -18,7 +18,7 @@ use burn_flex::{Flex, FlexTensor};
 use rayon::prelude::*;
 
 use self::heads::{packed, unpacked};
-use super::{GradientSlot, SitOps};
+use super::SitOps;
 
 /// Elements of an element-wise operation that make one piece.
 const PIECE: usize = 16 * 1024;
@@ -192,15 +192,13 @@ unsafe fn map(
     tensor(y, x.layout().shape().clone())
 }
 
+/// Shows the elements of a tensor, in order.
+pub(super) fn show(x: FlexTensor, f: impl FnOnce(&[f32])) {
+    let x = contiguous(x);
+    f(values(&x));
+}
+
 impl SitOps for Flex {
-    fn after(x: FlexTensor, _: FlexTensor) -> FlexTensor {
-        x
-    }
-
-    fn watch(value: FlexTensor, _: FlexTensor, _: GradientSlot) -> FlexTensor {
-        value
-    }
-
     fn gelu_tanh(x: FlexTensor) -> FlexTensor {
         // SAFETY: the kernel writes every element.
         unsafe { map(x, PIECE, |x, y| simd::run(elementwise::Gelu { x, y })) }
