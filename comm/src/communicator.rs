@@ -114,6 +114,11 @@ pub trait Communicator: Send + Sync {
     fn host(&self) -> &str {
         &self.topology().hosts[self.rank()]
     }
+    /// NCCL, where this is it: for values that are on the GPU.
+    #[cfg(feature = "nccl")]
+    fn nccl(&self) -> Option<&crate::Nccl> {
+        None
+    }
     /// "MPI, shared memory" and the like, for the log.
     fn describe(&self) -> String;
 

@@ -142,7 +142,8 @@ pub enum Phases {
 }
 
 impl Phases {
-    pub(crate) fn reduces(self) -> bool {
+    /// Whether values are added up, which rounds them as they travel.
+    pub fn reduces(self) -> bool {
         self != Self::Gather
     }
     pub(crate) fn gathers(self) -> bool {

@@ -48,6 +48,18 @@ pub struct DeviceValues {
     pub kind: DeviceType,
 }
 
+/// What a collective on the device has to come after.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum After {
+    /// Nothing: the values are there.
+    Nothing,
+    /// What has been put into this stream so far; null is the default stream.
+    Stream(CUstream),
+    /// What has been put into any stream of the device's primary context so far, for callers that do not know the
+    /// stream. Needs a driver for which [`super::Nccl::marks_contexts`] holds.
+    Context,
+}
+
 /// A collective on the device that is on its way. Dropping it abandons the news of it; the operation still takes place.
 pub struct DevicePending {
     pub(super) device: Device,

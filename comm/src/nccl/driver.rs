@@ -67,6 +67,19 @@ impl Device {
         })
     }
 
+    /// Whether the driver can mark all streams of a context at once: version 555 (CUDA 12.5) and later.
+    pub(super) fn marks_contexts() -> bool {
+        type Function = unsafe extern "C" fn(CUcontext, CUevent) -> CUresult;
+        // SAFETY: the driver is loaded, as a device has been opened; the symbol is only looked for.
+        unsafe { sys::culib().get::<Function>(b"cuCtxRecordEvent\0") }.is_ok()
+    }
+
+    /// Puts the mark after all that is in any stream of the device's context.
+    pub(super) fn mark(&self, event: &Event) -> Result<(), DriverError> {
+        // SAFETY: the context and the event live.
+        unsafe { sys::cuCtxRecordEvent(self.context, event.raw) }.result()
+    }
+
     /// Makes the device this thread's, for good.
     pub(super) fn enter(&self) -> Result<(), DriverError> {
         // SAFETY: the context lives as long as the process.

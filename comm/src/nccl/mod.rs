@@ -13,8 +13,8 @@
 //! # How
 //! One thread makes all calls of NCCL, in the order of their asking, as for MPI. Vectors in host memory pass through
 //! three pairs of pinned and device buffers, so that the way to the device, NCCL's work and the way back overlap. Vectors
-//! on the device ([`Nccl::start_device`]) are ordered with the caller's stream by events, before and after, and
-//! nobody waits on the host.
+//! on the device ([`Nccl::start_device`]) are ordered with the caller's stream, or with all streams of the context, by
+//! events, before and after, and nobody waits on the host.
 //!
 //! No call blocks for ever: NCCL's communicator is a non-blocking one, and events are polled, with NCCL's own error
 //! state. After a missed deadline or an error the communicator is aborted, which also ends its work on the device, and
@@ -64,7 +64,7 @@ use thread::{Engine, Manner};
 use who::Who;
 
 pub use cudarc::driver::sys::{CUdeviceptr, CUstream};
-pub use device::{DevicePending, DeviceType, DeviceValues};
+pub use device::{After, DevicePending, DeviceType, DeviceValues};
 
 /// What NCCL would run on here.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -132,31 +132,41 @@ impl Nccl {
         self.device.ordinal
     }
 
+    /// Whether [`After::Context`] can be asked for, which the driver decides.
+    pub fn marks_contexts(&self) -> bool {
+        Device::marks_contexts()
+    }
+
     /// Starts a collective on a vector in device memory, in place, and returns at once. It begins on the device after
-    /// what has been put into the stream `after` before this call; [`DevicePending::order`] makes a stream wait for it.
-    /// The deadline includes the wait for `after`. Shards are [`Communicator::shard`]'s; `bucket` is for messages.
+    /// what `after` says; [`DevicePending::order`] makes a stream wait for it. The deadline includes the wait for
+    /// `after`. Shards are [`Communicator::shard`]'s; `bucket` is for messages.
     ///
     /// # Errors
     /// The driver's. NCCL's come from [`DevicePending`].
     ///
     /// # Safety
-    /// The values are in memory of this communicator's device that stays allocated and that nobody uses between what is
-    /// in `after` now and the end of the operation, by [`DevicePending::order`] or [`DevicePending::wait`]. `after` is a
-    /// live stream of that device, or null for the default stream.
+    /// The values are in memory of this communicator's device that stays allocated and that nobody uses between what
+    /// `after` means now and the end of the operation, by [`DevicePending::order`] or [`DevicePending::wait`]. A stream
+    /// in `after` is a live one of that device, or null for the default stream.
     pub unsafe fn start_device(
         &self,
         values: DeviceValues,
         phases: Phases,
         bucket: Option<usize>,
-        after: CUstream,
+        after: After,
     ) -> Result<DevicePending, CommError> {
         let call = self.worker.call(phases.into(), bucket);
         let manner = self.manner(call, true);
         let who = self.who(call);
         let ready = who.cuda(self.device.within(|| {
             let ready = Event::new()?;
-            // SAFETY: the caller's word.
-            unsafe { ready.after(after) }?;
+            match after {
+                // An event that was never recorded has passed.
+                After::Nothing => {}
+                // SAFETY: the caller's word.
+                After::Stream(stream) => unsafe { ready.after(stream) }?,
+                After::Context => self.device.mark(&ready)?,
+            }
             Ok(ready)
         }))?;
         let ((put, enqueued), (finish, finished)) = (channel(), channel());
@@ -181,7 +191,7 @@ impl Nccl {
         &self,
         values: DeviceValues,
         bucket: Option<usize>,
-        after: CUstream,
+        after: After,
     ) -> Result<DevicePending, CommError> {
         // SAFETY: the caller's word.
         unsafe { self.start_device(values, Phases::ReduceAndGather, bucket, after) }
@@ -233,6 +243,10 @@ impl Nccl {
 impl Communicator for Nccl {
     fn topology(&self) -> &Topology {
         self.worker.topology()
+    }
+
+    fn nccl(&self) -> Option<&Nccl> {
+        Some(self)
     }
 
     /// NCCL, its version and the GPU, and what the inner communicator says of itself.

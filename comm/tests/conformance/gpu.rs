@@ -6,7 +6,7 @@ use crate::rank::leave_out;
 use crate::sums::{Order, Sum, input};
 use cudarc::driver::result::{self, DriverError, stream::StreamKind};
 use libtest_mimic::{Failed, Trial};
-use repa_comm::nccl::{CUdeviceptr, CUstream, DeviceType, DeviceValues, available};
+use repa_comm::nccl::{After, CUdeviceptr, CUstream, DeviceType, DeviceValues, available};
 use repa_comm::{Communicator, Nccl, Phases, abort};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -195,7 +195,9 @@ pub fn play(role: &str, comm: &Nccl) -> bool {
             leave_out(comm, 1, 0, || {
                 let vector = OnDevice::new(comm, &[1.0; 1000]).expect("the driver works");
                 // SAFETY: the vector lives until the end of the process.
-                let pending = unsafe { comm.all_reduce_device(vector.values(1000), Some(5), vector.stream) }?;
+                let pending = unsafe {
+                    comm.all_reduce_device(vector.values(1000), Some(5), After::Stream(vector.stream))
+                }?;
                 std::mem::forget(vector);
                 pending.wait()
             });
@@ -226,18 +228,16 @@ impl OnDevice {
             result::ctx::set_current(result::primary_ctx::retain(device)?)?;
             let start = result::malloc_sync(size_of_val(data).max(4))?;
             let vector = Self { start, stream: result::stream::create(StreamKind::NonBlocking)? };
-            vector.upload(data)?;
+            result::memcpy_htod_async(vector.start, data, vector.stream)?;
+            result::stream::synchronize(vector.stream)?;
             Ok(vector)
         }
     }
 
-    /// In the stream.
-    fn upload(&self, data: &[f32]) -> Result<(), DriverError> {
-        // SAFETY: the data is as long as that of `new`; the copy is over when the stream is.
-        unsafe {
-            result::memcpy_htod_async(self.start, data, self.stream)?;
-            result::stream::synchronize(self.stream)
-        }
+    /// In the stream, and not waited for: what comes next has to be ordered after it.
+    fn upload(&self, data: &'static [f32]) -> Result<(), DriverError> {
+        // SAFETY: the data is as long as that of `new`, and stays.
+        unsafe { result::memcpy_htod_async(self.start, data, self.stream) }
     }
 
     fn download(&self, data: &mut [f32]) -> Result<(), DriverError> {
@@ -269,24 +269,30 @@ fn device(comm: &Nccl) -> Result<(), DriverError> {
     for (case, len) in [0, 1, 5, 16, 1000, 12 * 1000, 100_003].into_iter().enumerate() {
         let seed = 50 + case as u64;
         let sum = Sum::new(Order::Any, seed, size, len);
-        let mut data = input(seed, rank, len);
+        let mut data = vec![f32::NAN; len];
         let vector = OnDevice::new(comm, &data)?;
+        // A few kilobytes that the process keeps.
+        let given: &'static [f32] = input(seed, rank, len).leak();
+        let after = match case % 2 == 0 && comm.marks_contexts() {
+            true => After::Context,
+            false => After::Stream(vector.stream),
+        };
         let start = |phases| {
             // SAFETY: the vector is freed after the operations, and used in between only in its stream, which waits.
-            let mut pending =
-                unsafe { comm.start_device(vector.values(len), phases, Some(case), vector.stream) }
-                    .expect("the driver works");
+            let mut pending = unsafe { comm.start_device(vector.values(len), phases, Some(case), after) }
+                .expect("the driver works");
             // SAFETY: the stream lives.
             unsafe { pending.order(vector.stream) }.expect("NCCL works");
             pending
         };
+        vector.upload(given)?;
         let pending = start(Phases::ReduceAndGather);
         vector.download(&mut data)?;
         pending.wait().expect("NCCL works");
         sum.check_all(&data, &format!("all-reduce of {len} on the device"));
 
         // The halves, one after the other without a wait on the host.
-        vector.upload(&input(seed, rank, len))?;
+        vector.upload(given)?;
         let pending = [start(Phases::Reduce), start(Phases::Gather)];
         vector.download(&mut data)?;
         sum.check_all(&data, &format!("the halves for {len} on the device"));
@@ -309,7 +315,8 @@ fn many_buckets(comm: &Nccl) -> Result<(), DriverError> {
             let start = vector.start + (bucket * 7 * size_of::<f32>()) as CUdeviceptr;
             let values = DeviceValues { start, len: 7, kind: DeviceType::F32 };
             // SAFETY: as in `device`; the parts are apart.
-            unsafe { comm.all_reduce_device(values, Some(bucket), vector.stream) }.expect("the driver works")
+            unsafe { comm.all_reduce_device(values, Some(bucket), After::Stream(vector.stream)) }
+                .expect("the driver works")
         })
         .collect();
     for pending in pending {

@@ -14,7 +14,7 @@
 enum { NOT_READY = 600, INVALID = 1 };
 enum { SUCCESS = 0, ARGUMENT = 4, USAGE = 5, REMOTE = 6, IN_PROGRESS = 7 };
 enum { FLOAT32 = 7, BFLOAT16 = 9 };
-enum { COPY, RECORD, WAIT, ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, REDUCE, BROADCAST };
+enum { COPY, RECORD, RECORD_ALL, WAIT, ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, REDUCE, BROADCAST };
 
 struct event { uint64_t recorded, passed; };
 
@@ -32,6 +32,7 @@ struct task {
     size_t count;
     struct event *event;
     uint64_t mark;
+    size_t *left;
     struct comm *comm;
     MPI_Request request;
     struct stream *stream;
@@ -107,6 +108,11 @@ static int run(struct task *t) {
     switch (t->what) {
     case COPY: memcpy(t->to, t->from, t->count); return 1;
     case RECORD: if (t->event->passed < t->mark) t->event->passed = t->mark; return 1;
+    case RECORD_ALL:
+        if (--*t->left) return 1;
+        free(t->left);
+        if (t->event->passed < t->mark) t->event->passed = t->mark;
+        return 1;
     case WAIT: return t->event->passed >= t->mark;
     default: return collective(t);
     }
@@ -165,6 +171,17 @@ int cuEventCreate(struct event **out, unsigned flags) {
 int cuEventDestroy_v2(struct event *event) { return event ? 0 : INVALID; }
 int cuEventRecord(struct event *event, struct stream *s) {
     LOCKED(put(s, (struct task){.what = RECORD, .event = event, .mark = ++event->recorded}));
+}
+/* Passed when every stream has come to where it is now. */
+int cuCtxRecordEvent(void *context, struct event *event) {
+    if (context != &lock) return INVALID;
+    LOCKED(
+        size_t *left = calloc(1, sizeof *left); event->recorded++;
+        for (struct stream *s = streams; s; s = s->next) {
+            ++*left;
+            put(s, (struct task){.what = RECORD_ALL, .event = event, .mark = event->recorded, .left = left});
+        }
+    );
 }
 int cuStreamWaitEvent(struct stream *s, struct event *event, unsigned flags) {
     (void)flags;

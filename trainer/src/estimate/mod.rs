@@ -7,8 +7,8 @@
 //! constants are at the top and say how they were measured. `repa-dist bench step` measures what
 //! this predicts; a test holds the two together.
 //!
-//! On a GPU the same terms are split between the host and the device. That split has not been
-//! compared with a measurement.
+//! Who trains on a GPU has the flat arrays there, too, bucket by bucket, and the host has batches, snapshots and
+//! buffers. That has not been compared with a measurement.
 
 mod activations;
 
@@ -127,9 +127,9 @@ pub struct Estimate {
     pub host_bytes: u64,
     /// GPU memory of a rank, in bytes; 0 on the CPU.
     pub device_bytes: u64,
-    /// Bytes of host memory that sharding over all ranks (ZeRO-1) saves each of them, against none.
+    /// Bytes that sharding over all ranks (ZeRO-1) saves each of them, against none, in the memory that it trains in.
     pub sharding_saves_bytes: u64,
-    /// That, as a fraction of the host memory without sharding.
+    /// That, as a fraction of that memory without sharding.
     pub sharding_saves_fraction: f64,
     /// What is left out.
     pub notes: Vec<String>,
@@ -169,11 +169,12 @@ pub fn estimate(config: &Config, job: &Job) -> Estimate {
     };
     let flat = "float32, one flat array";
     let divided = if shards > 1 { format!(", 1/{shards} of it") } else { String::new() };
-    line(Part::Parameters, Place::Host, F32 * counts.trainable, flat.to_owned());
-    line(Part::Gradients, Place::Host, F32 * counts.trainable, "float32, in buckets".to_owned());
-    line(Part::Moments, Place::Host, 2 * moments(shards), format!("two of AdamW, {flat} each{divided}"));
-    line(Part::Ema, Place::Host, moments(shards), format!("{flat}{divided}"));
-    let copy = working_copy(&counts, config.train.precision, on_cpu);
+    line(Part::Parameters, compute, F32 * counts.trainable, flat.to_owned());
+    let gradients = gradients(config, &counts, on_cpu);
+    line(Part::Gradients, compute, gradients.0, gradients.1);
+    line(Part::Moments, compute, 2 * moments(shards), format!("two of AdamW, {flat} each{divided}"));
+    line(Part::Ema, compute, moments(shards), format!("{flat}{divided}"));
+    let copy = working_copy(&counts, config.train.precision);
     line(Part::WorkingCopy, compute, copy.0, copy.1);
     let what = format!("kept for the backward pass, {}", plural(micro_batch, "sample"));
     line(Part::Activations, compute, pass.kept() + inputs(&sit, rank_batch, micro_batch), what);
@@ -197,7 +198,7 @@ pub fn estimate(config: &Config, job: &Job) -> Estimate {
         |place| lines.iter().filter(|l| l.place == place).fold(0u64, |sum, l| sum.saturating_add(l.bytes));
     let (host_bytes, device_bytes) = (total(Place::Host), total(Place::Device));
     let whole = clamp(3 * moments(1));
-    let unsharded = host_bytes.saturating_sub(clamp(3 * moments(shards))).saturating_add(whole);
+    let unsharded = total(compute).saturating_sub(clamp(3 * moments(shards))).saturating_add(whole);
     let saved = whole - clamp(3 * moments(ranks));
     Estimate {
         device: config.device.0.clone(),
@@ -210,7 +211,7 @@ pub fn estimate(config: &Config, job: &Job) -> Estimate {
         device_bytes,
         sharding_saves_bytes: saved,
         sharding_saves_fraction: saved as f64 / unsharded as f64,
-        notes: notes(config, on_cpu),
+        notes: notes(config, on_cpu, clamp(4 * F32 * counts.trainable)),
         lines,
     }
 }
@@ -242,20 +243,30 @@ impl Counts {
 
 /// Bytes of the tensors that a step computes with, and what they are. `Params::from_flat` copies the flat
 /// array, and in half precision each part of the model casts its matrices where it is bound, which the
-/// backward pass then keeps. Where gradients are not watched (`Params::leave_gradients`), which is on a
-/// GPU, they stay beside the parameters in float32 until the pass has ended.
-fn working_copy(counts: &Counts, precision: Precision, on_cpu: bool) -> (u128, String) {
+/// backward pass then keeps.
+fn working_copy(counts: &Counts, precision: Precision) -> (u128, String) {
     let mut bytes = F32 * (counts.trainable + counts.frozen);
     let mut what = "float32 tensors of a step".to_owned();
     if precision != Precision::F32 {
         bytes += activations::element(precision) * (counts.trainable - counts.float32_only);
         what += ", and the matrices in half precision";
     }
-    if !on_cpu {
-        bytes += F32 * counts.trainable;
-        what += ", and their gradients";
-    }
     (bytes, what)
+}
+
+/// Bytes of the gradient buckets. On a GPU a parameter's gradient has memory of its own until its bucket is on its
+/// way: at the end of the backward pass, or as soon as the bucket is complete.
+fn gradients(config: &Config, counts: &Counts, on_cpu: bool) -> (u128, String) {
+    let buckets = F32 * counts.trainable;
+    let what = "float32, in buckets";
+    if on_cpu {
+        return (buckets, what.to_owned());
+    }
+    let waiting = match config.comm.overlap {
+        true => ((config.comm.bucket_mib as u128) * MIB).min(buckets),
+        false => buckets,
+    };
+    (buckets + waiting, format!("{what}, and those that wait for theirs"))
 }
 
 /// Bytes of a step's inputs: the rank's latents as `Inputs` normalises them, and for one pass the latents,
@@ -287,7 +298,7 @@ fn communication() -> u128 {
     8 * repa_comm::Options::default().chunk_bytes as u128
 }
 
-fn notes(config: &Config, on_cpu: bool) -> Vec<String> {
+fn notes(config: &Config, on_cpu: bool, arrays: u64) -> Vec<String> {
     let mut notes = Vec::new();
     if !on_cpu {
         notes.push(
@@ -295,6 +306,11 @@ fn notes(config: &Config, on_cpu: bool) -> Vec<String> {
              spare memory come on top"
                 .to_owned(),
         );
+        notes.push(format!(
+            "while it starts, before weights, moments and average are on the GPU, a rank without sharding has {:.1} GiB \
+             of them on the host",
+            arrays as f64 / f64::from(1 << 30)
+        ));
     }
     if !config.alignment.encoders.is_empty() {
         notes.push("the encoders of alignment.encoders, and the images they see, come on top".to_owned());

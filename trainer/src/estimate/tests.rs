@@ -119,16 +119,21 @@ fn half_precision_halves_what_matrix_products_keep() {
 }
 
 #[test]
-fn a_gpu_has_the_tensors_and_the_host_the_rest() {
+fn a_gpu_has_what_a_step_works_on_and_the_host_the_rest() {
     let mut config = preset("SiT-B/2", 8);
     config.device.0 = "cuda:0".into();
     config.train.precision = Precision::Bf16;
     let figures = estimate(&config, &job(2, 2));
-    let on_device = |part| [Part::WorkingCopy, Part::Activations, Part::Workspace].contains(&part);
+    let on_host = [Part::Loader, Part::Snapshot, Part::Communication, Part::Process];
     for line in &figures.lines {
-        let expected = if on_device(line.part) { Place::Device } else { Place::Host };
+        let expected = if on_host.contains(&line.part) { Place::Host } else { Place::Device };
         assert_eq!(line.place, expected, "{line:?}");
     }
+    // A bucket's worth of gradients waits for the rest of it; without overlap all wait for all.
+    let trainable = 4 * config.sit().layout().trainable_len() as u64;
+    assert_eq!(bytes(&figures, Part::Gradients), trainable + ((config.comm.bucket_mib as u64) << 20));
+    config.comm.overlap = false;
+    assert_eq!(bytes(&estimate(&config, &job(2, 2)), Part::Gradients), 2 * trainable);
     assert!(figures.device_bytes > 0 && !figures.notes.is_empty());
 }
 

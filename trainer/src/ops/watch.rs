@@ -47,11 +47,7 @@ pub trait Watching: Backend {
     }
 
     /// See [`watch`].
-    fn watch(
-        value: FloatTensor<Self>,
-        _behind: FloatTensor<Self>,
-        _slot: GradientSlot,
-    ) -> FloatTensor<Self> {
+    fn watch(value: FloatTensor<Self>, _behind: FloatTensor<Self>, _slot: GradientSlot) -> FloatTensor<Self> {
         value
     }
 }

@@ -148,11 +148,8 @@ impl Compute {
             interpolate(self.objective.path, images(&inputs.latents), images(&batch.noise), t.clone());
         let output = Sit::bind_watched(&self.sit, params, self.precision, sink).forward(x_t, t, labels);
         let denoising = denoising_loss(output.velocity, target);
-        let mut losses = Losses {
-            denoising: denoising.clone().inner(),
-            similarities: Vec::new(),
-            alignment: None,
-        };
+        let mut losses =
+            Losses { denoising: denoising.clone().inner(), similarities: Vec::new(), alignment: None };
         let mut total = denoising.sum();
         if self.aligns() {
             let similarities = similarities(output.projected, &features);

@@ -16,8 +16,8 @@ use crate::Device;
 use crate::config::Config;
 use crate::data::loader::Batch;
 use crate::data::store::Index;
-use crate::optim::{global_norm, squared_norm_of};
 use crate::ops::GradientSink;
+use crate::optim::{global_norm, squared_norm_of};
 use crate::params::Layout;
 
 /// One rank's weights, optimizer state and gradients, and how they are computed.
@@ -196,9 +196,7 @@ mod tests {
             let cut = Arc::new(Cut::of(plan, Exchange::new(&config), |len| 0..len));
             let state = State::new(&layout, 1, Owned::whole(layout.trainable_len()));
             let device = Device::flex();
-            let new = || {
-                Learner::new(&config, state.clone(), cut.clone(), layout.clone(), &index, &device)
-            };
+            let new = || Learner::new(&config, state.clone(), cut.clone(), layout.clone(), &index, &device);
             let (mut host, mut there) = (new(), new());
             there.place = Place::Gpu(Resident::new(&mut there.state, &layout, &cut, &device));
             assert!(there.state.params.is_empty());
@@ -212,7 +210,10 @@ mod tests {
                     assert_eq!(skipped, None);
                     [losses.denoising, losses.alignment, sums.squared, learner.parameter_norm()]
                 });
-                assert!(host.iter().zip(there).all(|(a, b)| (a / b - 1.0).abs() < 1e-5), "{host:?} {there:?}");
+                assert!(
+                    host.iter().zip(there).all(|(a, b)| (a / b - 1.0).abs() < 1e-5),
+                    "{host:?} {there:?}"
+                );
             }
             assert_eq!(host.state.updates, there.state.updates);
             let len = layout.trainable_len();

@@ -115,8 +115,7 @@ fn begin(loaded: &Loaded, comm: &dyn Communicator, stop: &mut StopRequest) -> Re
     let cut = Arc::new(Cut::new(config, &layout, comm));
     let owned = Owned::new(cut.owned.iter().cloned());
     let beginning = resume::begin(loaded, comm, stop, &layout, owned)?;
-    let session =
-        agree(comm, Session::open(config, comm, &data, &device, layout, cut, board, beginning))?;
+    let session = agree(comm, Session::open(config, comm, &data, &device, layout, cut, board, beginning))?;
     agree(comm, session.announce(config, comm))?;
     Ok(session)
 }

@@ -121,7 +121,11 @@ impl Cut {
     ///
     /// # Errors
     /// The ranks could not talk.
-    pub fn whole<'a>(&self, own: Cow<'a, [f32]>, comm: &dyn Communicator) -> Result<Cow<'a, [f32]>, CommError> {
+    pub fn whole<'a>(
+        &self,
+        own: Cow<'a, [f32]>,
+        comm: &dyn Communicator,
+    ) -> Result<Cow<'a, [f32]>, CommError> {
         if !self.exchange.sharded {
             return Ok(own);
         }

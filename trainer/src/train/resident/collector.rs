@@ -130,7 +130,7 @@ impl Collector {
         for (gradient, place) in filling.gradients[first..].iter_mut().zip(within) {
             let part = place.start.max(bucket.start)..place.end.min(bucket.end);
             parts.push(match &gradient.values {
-                Some(values) => slice(values, part.start - place.start..part.end - place.start),
+                Some(values) => slice(values.clone(), part.start - place.start..part.end - place.start),
                 None => Tensor::zeros([part.len()], &self.device),
             });
             gradient.left -= part.len();

@@ -2,6 +2,8 @@
 //! norms, and the rest where it saves, draws samples, or ranks talk by way of its memory.
 
 mod collector;
+#[cfg(feature = "cuda")]
+mod over_nccl;
 mod travel;
 
 use std::ops::Range;
@@ -96,7 +98,9 @@ impl Resident {
             Some(values) => values.clone(),
             None => {
                 let parts = self.pieces(&(entry.offset..entry.offset + entry.len()));
-                joined(parts.map(|(number, local)| slice(&self.buckets[number].params, local)).collect())
+                joined(
+                    parts.map(|(number, local)| slice(self.buckets[number].params.clone(), local)).collect(),
+                )
             }
         })
     }
@@ -115,7 +119,7 @@ impl Resident {
         let summed = collector.finish()?;
         (self.sums, self.own_squares) = (summed.sums, summed.own_squares);
         let parts = self.cut.parts().zip(&self.sums).filter(|((_, local), _)| !local.is_empty());
-        let squares = parts.map(|((_, local), sums)| squared(slice(sums, local))).collect();
+        let squares = parts.map(|((_, local), sums)| squared(slice(sums.clone(), local))).collect();
         // One vector, so that the host waits once.
         let count = self.own_squares.len();
         let all = [std::mem::take(&mut self.own_squares), squares].concat();
@@ -132,26 +136,19 @@ impl Resident {
     /// The ranks could not talk.
     pub(super) fn step(&mut self, update: &Update, comm: &dyn Communicator) -> Result<Duration, CommError> {
         let mut travelling = Vec::new();
-        for (number, ((range, local), gradients)) in
-            self.cut.parts().zip(std::mem::take(&mut self.sums)).enumerate()
+        // Taken and put back, so that a kernel can write where it has read.
+        let (buckets, sums) = (std::mem::take(&mut self.buckets), std::mem::take(&mut self.sums));
+        for (number, ((mut bucket, gradients), (_, local))) in
+            buckets.into_iter().zip(sums).zip(self.cut.parts()).enumerate()
         {
-            let bucket = &mut self.buckets[number];
             if let Some(own) = bucket.own.take() {
-                let whole = local.len() == range.len();
-                let params = slice(&bucket.params, local.clone());
-                let moved = update.moved([params, own.exp_avg, own.exp_avg_sq], slice(&gradients, local.clone()));
-                let [params, exp_avg, exp_avg_sq] = moved;
-                let ema = ema_update_on_device(own.ema, params.clone(), update.ema_decay());
-                bucket.own = Some(Own { ema, exp_avg, exp_avg_sq });
-                bucket.params = match whole {
-                    true => params,
-                    false => bucket.params.clone().slice_assign([local], params),
-                };
+                bucket = moved(update, bucket.params, own, gradients, local);
             }
             if self.cut.exchange.sharded {
                 let how = Background { phases: Phases::Gather, wire: Wire::F32, bucket: number };
                 travelling.push(travel::start(bucket.params.clone(), how, &self.device, comm));
             }
+            self.buckets.push(bucket);
         }
         let waiting = Instant::now();
         for (bucket, travelling) in self.buckets.iter_mut().zip(travelling) {
@@ -179,12 +176,9 @@ impl Resident {
     fn pieces(&self, range: &Range<usize>) -> impl Iterator<Item = (usize, Range<usize>)> + use<'_> {
         let range = range.clone();
         let first = self.cut.plan.ranges.partition_point(|bucket| bucket.end <= range.start);
-        self.cut.plan.ranges[first..].iter().take_while(move |bucket| bucket.start < range.end).enumerate().map({
-            let range = range.clone();
-            move |(number, bucket)| {
-                let part = range.start.max(bucket.start)..range.end.min(bucket.end);
-                (first + number, part.start - bucket.start..part.end - bucket.start)
-            }
+        self.cut.plan.ranges[first..].iter().zip(first..).map_while(move |(bucket, number)| {
+            let part = range.start.max(bucket.start)..range.end.min(bucket.end);
+            (!part.is_empty()).then(|| (number, part.start - bucket.start..part.end - bucket.start))
         })
     }
 }
@@ -208,17 +202,34 @@ impl Source for Resident {
                 (_, None) => panic!("a copy of what another rank keeps: {range:?}"),
             };
             let (part, after) = rest.split_at_mut(local.len());
-            part.copy_from_slice(&read(slice(tensor, local)));
+            part.copy_from_slice(&read(slice(tensor.clone(), local)));
             rest = after;
         }
     }
 }
 
+/// A bucket after an update by its gradients; `local` is where in it the rank's own part is.
+fn moved(update: &Update, whole: Tensor<1>, own: Own, gradients: Tensor<1>, local: Range<usize>) -> Bucket {
+    let all = local == (0..whole.dims()[0]);
+    let (whole, params) = match all {
+        true => (None, whole),
+        false => (Some(whole.clone()), slice(whole, local.clone())),
+    };
+    let arrays = [params, own.exp_avg, own.exp_avg_sq];
+    let [params, exp_avg, exp_avg_sq] = update.moved(arrays, slice(gradients, local.clone()));
+    let ema = ema_update_on_device(own.ema, params.clone(), update.ema_decay());
+    let params = match whole {
+        Some(whole) => whole.slice_assign([local], params),
+        None => params,
+    };
+    Bucket { params, own: Some(Own { ema, exp_avg, exp_avg_sq }) }
+}
+
 /// Part of a vector.
-fn slice(values: &Tensor<1>, part: Range<usize>) -> Tensor<1> {
+fn slice(values: Tensor<1>, part: Range<usize>) -> Tensor<1> {
     match part == (0..values.dims()[0]) {
-        true => values.clone(),
-        false => values.clone().slice([part]),
+        true => values,
+        false => values.slice([part]),
     }
 }
 

@@ -28,10 +28,11 @@ pub(super) fn start(
         return Travelling::Here(values);
     }
     #[cfg(feature = "cuda")]
-    let values = match comm.nccl().map(|nccl| super::over_nccl::OverNccl::start(values.clone(), how, device, nccl)) {
-        Some(Some(started)) => return Travelling::Nccl(started),
-        _ => values,
-    };
+    let values =
+        match comm.nccl().map(|nccl| super::over_nccl::OverNccl::start(values.clone(), how, device, nccl)) {
+            Some(Some(started)) => return Travelling::Nccl(started),
+            _ => values,
+        };
     Travelling::Host(comm.start_f32(read(values), how), device.clone())
 }
 

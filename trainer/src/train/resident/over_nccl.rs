@@ -1,0 +1,64 @@
+//! Vectors that NCCL works on where burn has them.
+
+use burn::backend::Cube;
+use burn::tensor::{DType, Tensor};
+use burn_cubecl::cubecl::cuda::CudaRuntime;
+use burn_cubecl::{CubeBackend, tensor::CubeTensor};
+use cubecl_runtime::runtime::Runtime;
+use repa_comm::nccl::{After, DevicePending, DeviceType, DeviceValues};
+use repa_comm::{Background, CommError, Nccl, Wire};
+
+use crate::Device;
+
+/// A collective on a tensor's own memory.
+pub(super) struct OverNccl {
+    /// What the result will be in.
+    values: Tensor<1>,
+    pending: Result<DevicePending, CommError>,
+    /// Keeps the memory where it is.
+    _memory: CubeTensor,
+}
+
+impl OverNccl {
+    /// Starts it on the device after all that is in burn's queue. None for a tensor that is no plain vector in the
+    /// GPU's memory.
+    pub(super) fn start(values: Tensor<1>, how: Background, device: &Device, nccl: &Nccl) -> Option<Self> {
+        let half = how.wire == Wire::Bf16 && how.phases.reduces();
+        let values = if half { values.cast(DType::BF16) } else { values };
+        let len = values.dims()[0];
+        let fusion = values.clone().try_into_primitive::<Cube>().ok()?;
+        let client = fusion.client.clone();
+        // All that the values follow from goes into CubeCL's stream here.
+        let memory = client.resolve_tensor_float::<CubeBackend>(fusion);
+        if len > 1 && memory.meta.strides()[..] != [1] {
+            return None;
+        }
+        let resource = memory.client.get_resource::<Server>(memory.handle.clone()).ok()?;
+        let kind = if half { DeviceType::Bf16 } else { DeviceType::F32 };
+        let on_device = DeviceValues { start: resource.resource().ptr, len, kind };
+        let after = match nccl.marks_contexts() {
+            true => After::Context,
+            false => {
+                // An error of the device shows again where its results are read.
+                let _ = device.sync();
+                After::Nothing
+            }
+        };
+        // SAFETY: the memory is kept until the end of the operation, in `wait` or by a drop that nobody survives: what
+        // has failed to be waited for ends the job. Nobody else uses it: the values are this function's own but for the
+        // tensor that is kept here.
+        let pending = unsafe { nccl.start_device(on_device, how.phases, Some(how.bucket), after) };
+        Some(Self { values, pending, _memory: memory })
+    }
+
+    /// Waits for the result.
+    ///
+    /// # Errors
+    /// NCCL's, or the driver's.
+    pub(super) fn wait(self) -> Result<Tensor<1>, CommError> {
+        self.pending?.wait()?;
+        Ok(self.values.cast(DType::F32))
+    }
+}
+
+type Server = <CudaRuntime as Runtime>::Server;
