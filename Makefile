@@ -14,7 +14,7 @@ RANKS ?= 2
 # More ranks than cores is slow but works; OpenMPI wants to be told.
 MPIRUN = mpirun $(shell [ $$(nproc) -ge $(RANKS) ] || echo --oversubscribe) -n $(RANKS)
 
-.PHONY: help setup build run test soak bench bench-pytorch lint check-cuda dashboards-check
+.PHONY: help setup build run test soak bench bench-pytorch lint check-cuda check-gpu dashboards-check
 
 help:
 	@echo "make run    set up, build, make the quickstart data, train it on $(RANKS) MPI ranks, sample"
@@ -67,6 +67,16 @@ dashboards-check: build
 
 check-cuda: setup
 	$(CARGO) check --release --locked -p repa-dist --features cuda
+
+# The GPU's code where there is no NVIDIA GPU: another build (15 minutes the first time on 2 cores), in which the golden
+# cases and small runs take whatever Vulkan finds.
+GPU_TESTS = -p repa-dist -p repa-tests -p repa-trainer --features repa-dist/wgpu,repa-tests/wgpu
+check-gpu: export CARGO_TARGET_DIR := $(CARGO_TARGET_DIR)/wgpu
+check-gpu:
+	@sh launcher/setup.sh gpu
+	$(CARGO) build --release --locked $(GPU_TESTS)
+	REPA_TEST_DEVICE=wgpu $(CARGO) nextest run --release --locked $(GPU_TESTS) --lib --test gpu --test golden \
+		-E 'binary(gpu) + binary(golden) + test(sit::tests::watched)'
 
 lint: setup
 	$(CARGO) fmt --check

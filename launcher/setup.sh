@@ -1,7 +1,8 @@
 #!/bin/sh
 # Installs what building and running repa-dist needs on Debian or Ubuntu: OpenMPI, libclang (for the
 # MPI bindings), a C compiler, and Rust by rustup where cargo is missing. Does nothing where all is
-# there. `setup.sh test` adds cargo-nextest, which runs the tests, and as root SLURM, for tests of it.
+# there. `setup.sh test` adds cargo-nextest, which runs the tests, and as root SLURM, for tests of it; `setup.sh gpu`
+# adds cargo-nextest and Vulkan, with Mesa's driver that plays a GPU on the CPU.
 set -eu
 
 say() { printf 'setup: %s\n' "$*"; }
@@ -24,6 +25,10 @@ command -v pkg-config >/dev/null 2>&1 || need pkg-config
 if [ "${1:-}" = test ] && ! command -v tc >/dev/null 2>&1; then need iproute2; fi
 if [ "${1:-}" = test ] && ! command -v promtool >/dev/null 2>&1; then need prometheus; fi
 if [ "${1:-}" = test ] && ! command -v prometheus-pushgateway >/dev/null 2>&1; then need prometheus-pushgateway; fi
+if [ "${1:-}" = gpu ]; then
+    ldconfig -p 2>/dev/null | grep -q 'libvulkan\.so\.1' || need libvulkan1
+    ls /usr/share/vulkan/icd.d/*.json >/dev/null 2>&1 || need mesa-vulkan-drivers
+fi
 
 if [ -n "$packages" ]; then
     command -v apt-get >/dev/null 2>&1 ||
@@ -78,7 +83,7 @@ if ! command -v cargo >/dev/null 2>&1 && [ ! -x "$HOME/.cargo/bin/cargo" ]; then
         fail "rustup did not install; see its messages above"
 fi
 PATH="$HOME/.cargo/bin:$PATH"
-if [ "${1:-}" = test ] && ! cargo nextest --version >/dev/null 2>&1; then
+if [ -n "${1:-}" ] && ! cargo nextest --version >/dev/null 2>&1; then
     say "installing cargo-nextest"
     cargo install --locked -q cargo-nextest || fail "cargo install cargo-nextest failed"
 fi

@@ -91,8 +91,12 @@ fn grids_are_drawn_on_a_gpu() {
     let autoencoder =
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../trainer/assets/quickstart-autoencoder.safetensors");
     let autoencoder = format!("sample.autoencoder={}", autoencoder.display());
-    let grids =
-        ["sample.training.every=12", "sample.training.per_class=1", "sample.training.num_steps=2", &autoencoder];
+    let grids = [
+        "sample.training.every=12",
+        "sample.training.per_class=1",
+        "sample.training.num_steps=2",
+        &autoencoder,
+    ];
     let [cpu, gpu] = [("cpu", "device=cpu"), ("gpu", GPU)].map(|(name, device)| {
         let run = folder.path().join(name);
         train(2, &store, &run, &[&grids[..], &[device]].concat());

@@ -6,7 +6,7 @@
 //! no model.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use burn::tensor::{Device, FloatDType, Tensor, TensorData};
 
@@ -57,6 +57,13 @@ impl Entry {
     /// Number of elements.
     pub fn len(&self) -> usize {
         self.shape.iter().product()
+    }
+
+    /// The values of a parameter that is not trained, flat.
+    pub fn fixed(&self, device: &Device) -> Tensor<1> {
+        let mut values = vec![0.0; self.len()];
+        self.init.fill(&mut values, 0, 0);
+        Tensor::from_data(TensorData::new(values, [self.len()]), device)
     }
 
     /// Whether it has no elements.
@@ -165,10 +172,25 @@ impl Init {
 #[derive(Debug, Clone)]
 pub struct Params {
     layout: Arc<Layout>,
-    values: Arc<Vec<Tensor<1>>>,
+    values: Arc<Values>,
     /// The type that [`Params::get`] casts to.
     dtype: Option<FloatDType>,
     watch: Option<Watch>,
+}
+
+/// Gives a parameter's flat tensor, by its number in the layout.
+type Source = Box<dyn Fn(usize, &Entry) -> Tensor<1> + Send + Sync>;
+
+/// Each parameter's tensor, once it has been asked for.
+struct Values {
+    tensors: Vec<OnceLock<Tensor<1>>>,
+    source: Source,
+}
+
+impl std::fmt::Debug for Values {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.debug_struct("Values").field("tensors", &self.tensors.len()).finish_non_exhaustive()
+    }
 }
 
 /// Where gradients go while the backward pass runs.
@@ -194,27 +216,39 @@ impl Params {
                     let tensor = Tensor::<1>::from_data(TensorData::new(part, [entry.len()]), device);
                     if tracked { tensor.require_grad() } else { tensor }
                 } else {
-                    let mut values = vec![0.0; entry.len()];
-                    entry.init.fill(&mut values, 0, 0);
-                    Tensor::from_data(TensorData::new(values, [entry.len()]), device)
+                    entry.fixed(device)
                 }
             })
             .collect();
         Self::plain(layout, values)
     }
 
-    /// Values that are on their device already: `value` gives each parameter's, flat, by its number in the layout.
-    /// Trainable ones become leaves whose gradients can be watched.
-    pub fn on_device(layout: &Arc<Layout>, value: impl Fn(usize, &Entry) -> Tensor<1>) -> Self {
-        let values = layout.entries().iter().enumerate().map(|(number, entry)| {
-            let tensor = Tensor::from_inner(value(number, entry));
+    /// Values that `source` gives when they are first asked for, each flat, by its number in the layout. Trainable ones
+    /// become leaves whose gradients can be watched.
+    pub fn when_asked(
+        layout: &Arc<Layout>,
+        source: impl Fn(usize, &Entry) -> Tensor<1> + Send + Sync + 'static,
+    ) -> Self {
+        let leaf = move |number, entry: &Entry| {
+            let tensor = Tensor::from_inner(source(number, entry));
             if entry.trainable { tensor.require_grad() } else { tensor }
-        });
-        Self::plain(layout, values.collect())
+        };
+        let tensors = layout.entries().iter().map(|_| OnceLock::new()).collect();
+        Self::of(layout, Values { tensors, source: Box::new(leaf) })
     }
 
     fn plain(layout: &Arc<Layout>, values: Vec<Tensor<1>>) -> Self {
+        let tensors = values.into_iter().map(OnceLock::from).collect();
+        Self::of(layout, Values { tensors, source: Box::new(|_, _| unreachable!("all are there")) })
+    }
+
+    fn of(layout: &Arc<Layout>, values: Values) -> Self {
         Self { layout: layout.clone(), values: Arc::new(values), dtype: None, watch: None }
+    }
+
+    fn value(&self, number: usize) -> Tensor<1> {
+        let Values { tensors, source } = &*self.values;
+        tensors[number].get_or_init(|| source(number, &self.layout.entries[number])).clone()
     }
 
     /// Values from a weight file that must hold exactly this layout's parameters.
@@ -254,7 +288,7 @@ impl Params {
             .clone()
             .try_into()
             .unwrap_or_else(|shape| panic!("parameter {name} has shape {shape:?}, asked for rank {D}"));
-        let mut value = self.values[number].clone();
+        let mut value = self.value(number);
         if let Some(watch) = self.watch.as_ref().filter(|_| entry.trainable) {
             let slot = GradientSlot { offset: entry.offset, sink: Arc::clone(&watch.sink) };
             value = crate::ops::watch(value, watch.behind.as_ref(), slot);
@@ -287,10 +321,10 @@ impl Params {
     /// the loss does not depend on get zeros.
     pub fn gradients(&self, gradients: &burn::tensor::Gradients, out: &mut [f32]) {
         assert_eq!(out.len(), self.layout.trainable_len(), "flat array does not fit the layout");
-        for (entry, value) in self.layout.entries.iter().zip(self.values.iter()).filter(|(e, _)| e.trainable)
-        {
+        let trainable = self.layout.entries.iter().enumerate().filter(|(_, entry)| entry.trainable);
+        for (number, entry) in trainable {
             let part = &mut out[entry.offset..entry.offset + entry.len()];
-            match value.grad(gradients) {
+            match self.value(number).grad(gradients) {
                 Some(gradient) => {
                     let data = gradient.into_data().convert::<f32>();
                     part.copy_from_slice(data.as_slice::<f32>().expect("converted to f32 above"));

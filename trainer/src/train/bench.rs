@@ -172,16 +172,17 @@ impl Stepper {
     ) -> Result<([Duration; 4], Control), TrainError> {
         let begin = Instant::now();
         let scale = self.learner.state.loss_scale(config);
-        let pass = self.learner.pass(&self.batch, config, comm);
+        let pass = self.learner.pass(&self.batch, config, comm)?;
+        let waited = pass.waited;
         let computed = begin.elapsed();
         let LossSums { denoising, alignment } = pass.losses;
         let sums = self.learner.sum(pass, comm.as_ref())?;
         let mine = Control { denoising, alignment, saving, ..Control::default() };
         let (control, norm) = control::agree(mine, sums.squared, scale, comm.as_ref())?;
         let summed = begin.elapsed();
-        let (_, waited) = self.learner.step(norm, config, comm.as_ref())?;
+        self.learner.step(norm, config, comm.as_ref());
         let all = begin.elapsed();
-        Ok(([all, computed, summed - computed + waited, all - summed - waited], control))
+        Ok(([all, computed - waited, summed - computed + waited, all - summed], control))
     }
 
     /// One step of a run that saves. Gives whether a checkpoint has become durable.

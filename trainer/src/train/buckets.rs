@@ -12,6 +12,7 @@ use repa_comm::{Background, CommError, Communicator, Pending, Phases, Wire};
 
 use super::plan::{Cut, Exchange, Plan};
 use super::state::Update;
+use super::weights::{Travelling, Weights};
 use crate::ops::GradientSink;
 use crate::train;
 
@@ -34,30 +35,24 @@ impl Gradients {
         self.cut.parts().zip(&self.data).map(|((_, local), data)| &data[local])
     }
 
-    /// Begins a step: what the sink is given becomes the gradients that [`Collector::finish`] returns here.
-    pub fn collect(&mut self, comm: &Arc<dyn Communicator>) -> Arc<Collector> {
-        let buckets = std::mem::take(&mut self.data)
-            .into_iter()
-            .map(|data| Bucket { missing: data.len(), data: State::Filling(data) })
-            .collect();
-        let filling = Filling {
-            buckets,
-            written: vec![false; self.cut.plan.parameters.len()],
-            last_part: false,
-            next: 0,
-            finite: true,
-        };
-        Arc::new(Collector { cut: self.cut.clone(), comm: comm.clone(), filling: Mutex::new(filling) })
+    /// The buckets' vectors, to be given back by [`Gradients::keep`] or [`Collector::finish`].
+    pub fn take(&mut self) -> Vec<Vec<f32>> {
+        std::mem::take(&mut self.data)
+    }
+
+    /// Vectors for the next step's gradients.
+    pub fn keep(&mut self, data: Vec<Vec<f32>>) {
+        self.data = data;
     }
 
     /// Moves the weights by `update`. With a sharded optimizer each bucket's new weights go to all ranks while the
-    /// next one's are computed; they are not complete before [`Gradients::complete`].
+    /// next one's are computed; they come in the vectors of the gradients.
     pub fn apply(
         &mut self,
         update: &Update,
         state: &mut train::State,
         comm: &dyn Communicator,
-    ) -> Vec<Pending<Vec<f32>>> {
+    ) -> Travelling {
         let mut travelling = Vec::new();
         for (number, (_, local)) in self.cut.parts().enumerate() {
             let owned = &self.cut.owned[number];
@@ -69,27 +64,10 @@ impl Gradients {
                 let mut values = std::mem::take(&mut self.data[number]);
                 values[local].copy_from_slice(&state.params[owned.clone()]);
                 let how = Background { phases: Phases::Gather, wire: Wire::F32, bucket: number };
-                travelling.push(comm.start_f32(values, how));
+                travelling.push(Some(comm.start_f32(values, how)));
             }
         }
         travelling
-    }
-
-    /// Waits for the weights that [`Gradients::apply`] sent around.
-    ///
-    /// # Errors
-    /// The ranks could not talk.
-    pub fn complete(
-        &mut self,
-        travelling: Vec<Pending<Vec<f32>>>,
-        params: &mut [f32],
-    ) -> Result<(), CommError> {
-        for (number, pending) in travelling.into_iter().enumerate() {
-            let values = pending.wait()?;
-            params[self.cut.plan.ranges[number].clone()].copy_from_slice(&values);
-            self.data[number] = values;
-        }
-        Ok(())
     }
 }
 
@@ -97,10 +75,13 @@ impl Gradients {
 pub struct Collector {
     cut: Arc<Cut>,
     comm: Arc<dyn Communicator>,
+    /// Whose vectors the gradients are collected in.
+    weights: Arc<Weights>,
     filling: Mutex<Filling>,
 }
 
 struct Filling {
+    /// None before the first gradient, when weights may still come in their vectors.
     buckets: Vec<Bucket>,
     /// Which parameters have a gradient already, from this part of the batch or an earlier one.
     written: Vec<bool>,
@@ -133,7 +114,7 @@ impl std::fmt::Debug for Collector {
 
 impl GradientSink for Collector {
     fn gradient(&self, offset: usize, values: &[f32]) {
-        let mut filling = self.lock();
+        let mut filling = self.begun();
         let parameter = self.cut.plan.parameters.partition_point(|p| p.start < offset);
         assert_eq!(
             self.cut.plan.parameters.get(parameter),
@@ -151,6 +132,28 @@ impl GradientSink for Collector {
 }
 
 impl Collector {
+    /// Begins a step. Gradients are collected in the vectors of `weights`.
+    pub fn new(cut: &Arc<Cut>, weights: &Arc<Weights>, comm: &Arc<dyn Communicator>) -> Self {
+        let filling = Filling {
+            buckets: Vec::new(),
+            written: vec![false; cut.plan.parameters.len()],
+            last_part: false,
+            next: 0,
+            finite: true,
+        };
+        Self { cut: cut.clone(), comm: comm.clone(), weights: weights.clone(), filling: Mutex::new(filling) }
+    }
+
+    fn begun(&self) -> MutexGuard<'_, Filling> {
+        let mut filling = self.lock();
+        if filling.buckets.is_empty() {
+            let memory = self.weights.take_memory().into_iter();
+            let bucket = |data: Vec<f32>| Bucket { missing: data.len(), data: State::Filling(data) };
+            filling.buckets = memory.map(bucket).collect();
+        }
+        filling
+    }
+
     fn lock(&self) -> MutexGuard<'_, Filling> {
         // A panic elsewhere ends the process; the data are plain numbers.
         self.filling.lock().unwrap_or_else(PoisonError::into_inner)
@@ -182,7 +185,7 @@ impl Collector {
     /// # Errors
     /// The ranks could not talk.
     pub fn finish(&self, gradients: &mut Gradients) -> Result<bool, CommError> {
-        let mut filling = self.lock();
+        let mut filling = self.begun();
         for (number, parameter) in self.cut.plan.parameters.iter().enumerate() {
             if !filling.written[number] {
                 filling.clear(&self.cut.plan, parameter);
@@ -256,6 +259,12 @@ mod tests {
         Gradients::new(Arc::new(Cut::of(plan, exchange, |len| 0..len)))
     }
 
+    fn collect(gradients: &mut Gradients, comm: &Arc<dyn Communicator>) -> Collector {
+        let cut = gradients.cut.clone();
+        let weights = Weights::new(&cut, crate::flat::zeros(0), Vec::new(), gradients.take());
+        Collector::new(&cut, &Arc::new(weights), comm)
+    }
+
     #[test]
     fn parts_of_a_batch_add_up_and_what_has_no_gradient_is_zero() {
         let (sit, layout) = (sit(), sit().layout());
@@ -264,7 +273,7 @@ mod tests {
         for overlap in [true, false] {
             let exchange = Exchange { overlap, wire: Wire::F32, sharded: overlap };
             let mut gradients = gradients(Plan::new(&sit, &layout, 100_000), exchange);
-            let collector = gradients.collect(&comm);
+            let collector = collect(&mut gradients, &comm);
             for part in 0..3 {
                 if part == 2 {
                     collector.last_part();
@@ -292,7 +301,7 @@ mod tests {
         let mut gradients = gradients(Plan::new(&sit, &layout, 1 << 20), exchange);
         let entry = layout.entries().iter().find(|e| e.trainable).unwrap();
         for (value, finite) in [(1.0, true), (f32::NAN, false), (f32::INFINITY, false)] {
-            let collector = gradients.collect(&comm);
+            let collector = collect(&mut gradients, &comm);
             collector.last_part();
             let mut values = vec![0.5; entry.len()];
             values[3] = value;

@@ -140,7 +140,7 @@ fn measure(
         pass_over(&stepper.learner.state);
         agree(comm, comm.barrier().map_err(TrainError::from))?;
         let begun = Instant::now();
-        agree(comm, saver.save(&stepper.learner, &config, comm).map(drop))?;
+        agree(comm, saver.save(&mut stepper.learner, &config, comm).map(drop))?;
         let snapshot = begun.elapsed().as_secs_f64();
         agree(comm, saver.drain(comm).map(drop))?;
         let write = begun.elapsed().as_secs_f64();
@@ -240,7 +240,7 @@ fn steps(
         without += timed(stepper, saver)?.0;
     }
     let without = without / count as f64;
-    saver.save(&stepper.learner, config, comm.as_ref())?;
+    saver.save(&mut stepper.learner, config, comm.as_ref())?;
     let (mut with, mut during) = (0.0, 0);
     loop {
         let (seconds, durable) = timed(stepper, saver)?;

@@ -14,7 +14,7 @@ use crate::data::store::Index;
 use crate::model::{Precision, Sit, SitConfig};
 use crate::objective::{alignment_of, denoising_loss, interpolate, resample_tokens, similarities};
 use crate::ops::GradientSink;
-use crate::params::{Layout, Params};
+use crate::params::Params;
 
 /// Losses of a rank's samples, added up.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -48,7 +48,6 @@ pub struct Details {
 #[derive(Debug)]
 pub struct Compute {
     device: Device,
-    layout: Arc<Layout>,
     index: Index,
     sit: SitConfig,
     objective: ObjectiveConfig,
@@ -60,10 +59,9 @@ pub struct Compute {
 
 impl Compute {
     /// For the model and losses of `config`, on `device`, from a store with this index.
-    pub fn new(config: &Config, layout: &Arc<Layout>, index: &Index, device: &Device) -> Self {
+    pub fn new(config: &Config, index: &Index, device: &Device) -> Self {
         Self {
             device: device.clone().autodiff(),
-            layout: layout.clone(),
             index: index.clone(),
             sit: config.sit(),
             objective: config.objective.clone(),
@@ -74,9 +72,9 @@ impl Compute {
         }
     }
 
-    /// Weights to compute with, from the flat array in layout order.
-    pub fn params(&self, weights: &[f32]) -> Params {
-        Params::from_flat(&self.layout, weights, &self.device)
+    /// Where it computes, with gradients.
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 
     /// Gives `sink` this rank's part of the gradient of `loss_scale` x the mean loss over the *global* batch, so

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use repa_comm::{CommError, Communicator};
 
@@ -11,11 +11,13 @@ use super::plan::Cut;
 use super::resident::{self, Resident};
 use super::snapshot::Source;
 use super::state::Skipped;
+use super::weights::{Travelling, Weights};
 use super::{Compute, Details, LossSums, State};
 use crate::Device;
 use crate::config::Config;
 use crate::data::loader::Batch;
 use crate::data::store::Index;
+use crate::flat;
 use crate::ops::GradientSink;
 use crate::optim::{global_norm, squared_norm_of};
 use crate::params::Layout;
@@ -31,8 +33,14 @@ pub(super) struct Learner {
 
 /// Where the state's arrays and the gradients are.
 enum Place {
-    Host(Gradients),
+    Host(Host),
     Gpu(Resident),
+}
+
+struct Host {
+    gradients: Gradients,
+    /// New weights that other ranks send.
+    travelling: Travelling,
 }
 
 /// Gradients on their way from a backward pass.
@@ -46,6 +54,8 @@ enum Collector {
 pub(super) struct Pass {
     pub(super) losses: LossSums,
     pub(super) details: Details,
+    /// How long the pass waited for weights that other ranks had moved.
+    pub(super) waited: Duration,
     collector: Collector,
 }
 
@@ -69,30 +79,46 @@ impl Learner {
         device: &Device,
     ) -> Self {
         let place = match config.device.is_cpu() {
-            true => Place::Host(Gradients::new(cut.clone())),
+            true => Place::Host(Host { gradients: Gradients::new(cut.clone()), travelling: Vec::new() }),
             false => Place::Gpu(Resident::new(&mut state, &layout, &cut, device)),
         };
-        Self { compute: Compute::new(config, &layout, index, device), layout, state, cut, place }
+        Self { compute: Compute::new(config, index, device), layout, state, cut, place }
     }
 
-    /// The forward and backward pass of a batch.
-    pub(super) fn pass(&mut self, batch: &Batch, config: &Config, comm: &Arc<dyn Communicator>) -> Pass {
+    /// The forward and backward pass of a batch. A part of the model waits for its weights where other ranks have moved
+    /// them and they are still on their way.
+    ///
+    /// # Errors
+    /// The ranks could not talk.
+    pub(super) fn pass(
+        &mut self,
+        batch: &Batch,
+        config: &Config,
+        comm: &Arc<dyn Communicator>,
+    ) -> Result<Pass, CommError> {
         let scale = self.state.loss_scale(config);
-        let begun = Instant::now();
-        let (collector, sink, params): (_, Arc<dyn GradientSink>, _) = match &mut self.place {
-            Place::Host(gradients) => {
-                let collector = gradients.collect(comm);
-                (Collector::Host(collector.clone()), collector, self.compute.params(&self.state.params))
+        let Self { layout, state, cut, compute, place } = self;
+        match place {
+            Place::Host(host) => {
+                let params = std::mem::replace(&mut state.params, flat::zeros(0));
+                let travelling = std::mem::take(&mut host.travelling);
+                let weights = Arc::new(Weights::new(cut, params, travelling, host.gradients.take()));
+                let collector = Arc::new(buckets::Collector::new(cut, &weights, comm));
+                let sink: Arc<dyn GradientSink> = collector.clone();
+                let params = weights.params(layout, compute.device());
+                let (losses, details) = compute.gradients(&params, batch, scale, &sink);
+                let (params, waited) = weights.finish()?;
+                state.params = params;
+                Ok(Pass { losses, details, waited, collector: Collector::Host(collector) })
             }
             Place::Gpu(resident) => {
                 let collector = resident.collect(comm);
-                (Collector::Gpu(collector.clone()), collector, resident.params())
+                let sink: Arc<dyn GradientSink> = collector.clone();
+                let (losses, details) = compute.gradients(&resident.params(), batch, scale, &sink);
+                let waited = resident.settle()?;
+                Ok(Pass { losses, details, waited, collector: Collector::Gpu(collector) })
             }
-        };
-        let upload = begun.elapsed();
-        let (losses, mut details) = self.compute.gradients(&params, batch, scale, &sink);
-        details.upload += upload;
-        Pass { losses, details, collector }
+        }
     }
 
     /// Waits for the sums of a pass's gradients over the ranks.
@@ -101,9 +127,9 @@ impl Learner {
     /// The ranks could not talk.
     pub(super) fn sum(&mut self, pass: Pass, comm: &dyn Communicator) -> Result<Sums, CommError> {
         let (squared, finite) = match (&mut self.place, pass.collector) {
-            (Place::Host(gradients), Collector::Host(collector)) => {
-                let finite = collector.finish(gradients)?;
-                (squared_norm_of(gradients.pieces()), finite)
+            (Place::Host(host), Collector::Host(collector)) => {
+                let finite = collector.finish(&mut host.gradients)?;
+                (squared_norm_of(host.gradients.pieces()), finite)
             }
             (Place::Gpu(resident), Collector::Gpu(collector)) => resident.sum(&collector)?,
             _ => unreachable!("a pass of another learner"),
@@ -113,48 +139,64 @@ impl Learner {
         Ok(Sums { squared: if counts { squared } else { 0.0 }, finite })
     }
 
-    /// Takes the step by summed gradients of this norm, or leaves it out. The second value is how long the rank waited
-    /// for other ranks' weights.
+    /// Takes the step by summed gradients of this norm, or leaves it out and says why. With a sharded optimizer the other
+    /// ranks' new weights are still on their way when it returns.
+    pub(super) fn step(&mut self, norm: f64, config: &Config, comm: &dyn Communicator) -> Option<Skipped> {
+        let update = match self.state.begin(config, norm) {
+            Ok(update) => update,
+            Err(skipped) => return Some(skipped),
+        };
+        match &mut self.place {
+            Place::Host(host) => {
+                host.travelling = host.gradients.apply(&update, &mut self.state, comm);
+                self.state.average(&update);
+            }
+            Place::Gpu(resident) => resident.step(&update, comm),
+        }
+        None
+    }
+
+    /// Waits for weights that are still on their way.
     ///
     /// # Errors
     /// The ranks could not talk.
-    pub(super) fn step(
-        &mut self,
-        norm: f64,
-        config: &Config,
-        comm: &dyn Communicator,
-    ) -> Result<(Option<Skipped>, Duration), CommError> {
-        let update = match self.state.begin(config, norm) {
-            Ok(update) => update,
-            Err(skipped) => return Ok((Some(skipped), Duration::ZERO)),
-        };
-        let waited = match &mut self.place {
-            Place::Host(gradients) => {
-                let travelling = gradients.apply(&update, &mut self.state, comm);
-                self.state.average(&update);
-                let waiting = Instant::now();
-                gradients.complete(travelling, &mut self.state.params)?;
-                waiting.elapsed()
+    pub(super) fn settle(&mut self) -> Result<(), CommError> {
+        match &mut self.place {
+            Place::Host(host) if host.travelling.is_empty() => {}
+            Place::Host(host) => {
+                let params = std::mem::replace(&mut self.state.params, flat::zeros(0));
+                let travelling = std::mem::take(&mut host.travelling);
+                let weights = Weights::new(&self.cut, params, travelling, host.gradients.take());
+                host.gradients.keep(weights.take_memory());
+                self.state.params = weights.finish()?.0;
             }
-            Place::Gpu(resident) => resident.step(&update, comm)?,
-        };
-        Ok((None, waited))
+            Place::Gpu(resident) => drop(resident.settle()?),
+        }
+        Ok(())
     }
 
-    /// Where a snapshot copies from.
-    pub(super) fn source(&self) -> &dyn Source {
-        match &self.place {
+    /// Where a snapshot copies from, once all weights have arrived.
+    ///
+    /// # Errors
+    /// The ranks could not talk.
+    pub(super) fn source(&mut self) -> Result<&dyn Source, CommError> {
+        self.settle()?;
+        Ok(match &self.place {
             Place::Host(_) => &self.state,
             Place::Gpu(resident) => resident,
-        }
+        })
     }
 
-    /// Euclidean norm of the weights.
-    pub(super) fn parameter_norm(&self) -> f64 {
-        match &self.place {
+    /// Euclidean norm of the weights, once all have arrived.
+    ///
+    /// # Errors
+    /// The ranks could not talk.
+    pub(super) fn parameter_norm(&mut self) -> Result<f64, CommError> {
+        self.settle()?;
+        Ok(match &self.place {
             Place::Host(_) => global_norm(&self.state.params),
             Place::Gpu(resident) => resident.parameter_norm(),
-        }
+        })
     }
 
     /// The weights' moving average, the whole flat array. Called by all ranks, between steps.
@@ -202,13 +244,13 @@ mod tests {
             assert!(there.state.params.is_empty());
             for _ in 0..4 {
                 let [host, there] = [&mut host, &mut there].map(|learner| {
-                    let pass = learner.pass(&batch, &config, &comm);
+                    let pass = learner.pass(&batch, &config, &comm).unwrap();
                     let losses = pass.losses;
                     let sums = learner.sum(pass, comm.as_ref()).unwrap();
                     assert!(sums.finite);
-                    let (skipped, _) = learner.step(sums.squared.sqrt(), &config, comm.as_ref()).unwrap();
+                    let skipped = learner.step(sums.squared.sqrt(), &config, comm.as_ref());
                     assert_eq!(skipped, None);
-                    [losses.denoising, losses.alignment, sums.squared, learner.parameter_norm()]
+                    [losses.denoising, losses.alignment, sums.squared, learner.parameter_norm().unwrap()]
                 });
                 assert!(
                     host.iter().zip(there).all(|(a, b)| (a / b - 1.0).abs() < 1e-5),
@@ -219,12 +261,13 @@ mod tests {
             let len = layout.trainable_len();
             let mut before = vec![0.0; len];
             for array in Array::ALL {
-                let [host, there] = [&host, &there].map(|learner| {
+                let [host, there] = [&mut host, &mut there].map(|learner| {
                     let mut values = vec![0.0; len];
                     // In two parts, as two ranks would write them.
                     let (first, second) = values.split_at_mut(len / 3);
-                    learner.source().copy(array, &(0..len / 3), first);
-                    learner.source().copy(array, &(len / 3..len), second);
+                    let source = learner.source().unwrap();
+                    source.copy(array, &(0..len / 3), first);
+                    source.copy(array, &(len / 3..len), second);
                     values
                 });
                 assert_ne!(host, before, "{array:?} is an array of its own");
@@ -234,7 +277,7 @@ mod tests {
                 before = host;
             }
             let mut ema = vec![0.0; len];
-            there.source().copy(Array::Ema, &(0..len), &mut ema);
+            there.source().unwrap().copy(Array::Ema, &(0..len), &mut ema);
             assert_eq!(there.average(comm.as_ref()).unwrap(), ema);
         }
     }
@@ -251,11 +294,11 @@ mod tests {
         let mut learner = Learner::new(&config, state, cut.clone(), layout.clone(), &index, &device);
         learner.place = Place::Gpu(Resident::new(&mut learner.state, &layout, &cut, &device));
         batch.noise[5] = f32::NAN;
-        let pass = learner.pass(&batch, &config, &comm);
+        let pass = learner.pass(&batch, &config, &comm).unwrap();
         let sums = learner.sum(pass, comm.as_ref()).unwrap();
         assert!(!sums.finite && !sums.squared.is_finite());
-        let norm = learner.parameter_norm();
-        let (skipped, _) = learner.step(sums.squared.sqrt(), &config, comm.as_ref()).unwrap();
-        assert_eq!((skipped, learner.parameter_norm()), (Some(Skipped::NotFinite), norm));
+        let norm = learner.parameter_norm().unwrap();
+        let skipped = learner.step(sums.squared.sqrt(), &config, comm.as_ref());
+        assert_eq!((skipped, learner.parameter_norm().unwrap()), (Some(Skipped::NotFinite), norm));
     }
 }

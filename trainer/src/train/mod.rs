@@ -27,6 +27,7 @@ mod status;
 mod stop;
 pub mod telemetry_bench;
 mod watch;
+mod weights;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -160,9 +161,9 @@ impl Session {
         let computing = Instant::now();
         let scale = self.learner.state.loss_scale(config);
         let before = comm.traffic();
-        let mut pass = self.learner.pass(&batch, config, comm);
-        let (losses, details) = (pass.losses, std::mem::take(&mut pass.details));
-        let compute = computing.elapsed();
+        let mut pass = self.learner.pass(&batch, config, comm)?;
+        let (losses, details, waited) = (pass.losses, std::mem::take(&mut pass.details), pass.waited);
+        let compute = computing.elapsed() - waited;
 
         // What is left of the sums when the backward pass is done: the exposed part of communication.
         self.board.publish_phase(Phase::Communicating);
@@ -182,9 +183,9 @@ impl Session {
         self.board.publish_phase(Phase::Optimizing);
         let optimizing = Instant::now();
         let learning_rate = self.learner.state.learning_rate(config);
-        let (skipped, waited) = self.learner.step(norm, config, comm.as_ref())?;
+        let skipped = self.learner.step(norm, config, comm.as_ref());
         self.count_skips(config, comm.as_ref(), skipped, sums.finite)?;
-        let optimizer = optimizing.elapsed() - waited;
+        let optimizer = optimizing.elapsed();
 
         // Own work: what other ranks keep this one waiting for would make all alike.
         self.board.publish_step_time(started.elapsed().saturating_sub(exposed + waited));

@@ -108,6 +108,13 @@ impl Cut {
         Self { plan, exchange, owned }
     }
 
+    /// Numbers of the buckets that a range of the flat array lies in.
+    pub fn buckets_of(&self, range: &Range<usize>) -> Range<usize> {
+        let ranges = &self.plan.ranges;
+        let first = ranges.partition_point(|bucket| bucket.end <= range.start);
+        first..ranges.partition_point(|bucket| bucket.start < range.end).max(first)
+    }
+
     /// Each bucket, and where in it this rank's own part is.
     pub fn parts(&self) -> impl Iterator<Item = (&Range<usize>, Range<usize>)> {
         self.plan

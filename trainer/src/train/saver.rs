@@ -241,16 +241,16 @@ impl Saver {
     /// As [`Saver::learn`].
     pub(super) fn save(
         &mut self,
-        learner: &Learner,
+        learner: &mut Learner,
         config: &Config,
         comm: &dyn Communicator,
     ) -> Result<Vec<Event>, TrainError> {
-        let state = &learner.state;
         let waiting = Instant::now();
         let mut events = self.drain(comm)?;
         self.begun = Instant::now();
         self.last_save = self.begun;
-        self.writer.write(state.step, learner.source());
+        self.writer.write(learner.state.step, learner.source()?);
+        let state = &learner.state;
         let steps = self.steps.max(1) as f64;
         let means = MEANS.iter().zip(self.sums).map(|((name, _), sum)| ((*name).to_owned(), sum / steps));
         let metrics = if self.steps == 0 { BTreeMap::new() } else { means.collect() };

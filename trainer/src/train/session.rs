@@ -161,7 +161,7 @@ impl Session {
         record.publish(rank, &self.facts);
         // A pass over all weights: seldom, and by one rank.
         if self.lead.is_some() && (record.step == 1 || record.step.is_multiple_of(NORM_EVERY)) {
-            gauge!(names::PARAMETER_NORM).set(self.learner.parameter_norm());
+            gauge!(names::PARAMETER_NORM).set(self.learner.parameter_norm()?);
         }
         match &mut self.lead {
             Some(lead) => lead.tell(record, run),
@@ -197,7 +197,7 @@ impl Session {
             tracing::warn!("cannot remove the file SAVE, so that every step will save: {error}");
         }
         self.board.publish_phase(Phase::Saving);
-        let events = self.saver.save(&self.learner, config, comm)?;
+        let events = self.saver.save(&mut self.learner, config, comm)?;
         self.board.publish_phase(Phase::Idle);
         events.iter().for_each(|event| self.say(event));
         Ok(())

@@ -61,7 +61,16 @@ fn loss_and_gradients(config: &SitConfig, precision: Precision, scale: f64) -> (
 
 /// The same with a model bound by `bind`: the loss, and the gradients that it leaves on the parameters.
 fn run_batch(config: &SitConfig, scale: f64, bind: impl Fn(&Params) -> Sit) -> (f32, Vec<f32>) {
-    let device = Device::flex().autodiff();
+    run_batch_on(Device::flex(), config, scale, bind)
+}
+
+fn run_batch_on(
+    device: Device,
+    config: &SitConfig,
+    scale: f64,
+    bind: impl Fn(&Params) -> Sit,
+) -> (f32, Vec<f32>) {
+    let device = device.autodiff();
     let layout = Arc::new(config.layout());
     let params = Params::from_flat(&layout, &stirred(&layout), &device);
     let model = bind(&params);
@@ -193,19 +202,23 @@ impl crate::ops::GradientSink for Keep {
 /// The watched form gives the plain form's gradients, each once, block by block from the output to the input.
 #[test]
 fn watched_gradients_are_the_plain_ones_and_come_in_the_order_promised() {
-    for precision in [Precision::F32, Precision::Bf16] {
+    let mut cases = vec![(Device::flex(), Precision::F32), (Device::flex(), Precision::Bf16)];
+    if cfg!(feature = "wgpu") {
+        cases.push((crate::train::device("wgpu", 0).unwrap(), Precision::F32));
+    }
+    for (device, precision) in cases {
         let config = SitConfig { depth: 5, ..small() };
         let (loss, expected) = loss_and_gradients(&config, precision, 1.0);
         let layout = Arc::new(config.layout());
         let keep = Arc::new(Keep(std::sync::Mutex::new((vec![0.0; layout.trainable_len()], Vec::new()))));
         let sink: Arc<dyn crate::ops::GradientSink> = keep.clone();
         let (watched_loss, left) =
-            run_batch(&config, 1.0, |params| Sit::bind_watched(&config, params, precision, &sink));
-        assert_eq!(loss, watched_loss);
+            run_batch_on(device, &config, 1.0, |params| Sit::bind_watched(&config, params, precision, &sink));
+        assert!((loss - watched_loss).abs() <= 1e-6 * loss.abs(), "{loss} {watched_loss}");
         assert!(left.iter().all(|&g| g == 0.0), "nothing is left on the leaves");
         let (gradients, order) = &*keep.0.lock().unwrap();
         let difference = relative(gradients, &expected);
-        assert!(difference < 1e-6, "{precision:?}: {difference:.2e}");
+        assert!(difference < 1e-5, "{precision:?}: {difference:.2e}");
         assert_eq!(order.len(), layout.entries().iter().filter(|e| e.trainable).count());
         let positions: Vec<usize> = order
             .iter()

@@ -5,10 +5,11 @@ mod collector;
 #[cfg(feature = "cuda")]
 mod over_nccl;
 mod travel;
+mod weights;
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use burn::tensor::{Tensor, TensorData};
 use repa_comm::{Background, CommError, Communicator, Phases, Wire};
@@ -23,6 +24,7 @@ use crate::flat::Flat;
 use crate::optim::ema_update_on_device;
 use crate::params::{Layout, Params};
 pub(super) use collector::Collector;
+use weights::Weights;
 
 /// What a rank keeps on its GPU.
 #[derive(Debug)]
@@ -31,21 +33,13 @@ pub(super) struct Resident {
     layout: Arc<Layout>,
     cut: Arc<Cut>,
     owned: Owned,
-    buckets: Vec<Bucket>,
+    weights: Arc<Weights>,
+    /// By bucket, what goes with the part that is this rank's, unless that is empty.
+    own: Vec<Option<Own>>,
     /// Parameters that are not trained, by their number in the layout.
-    frozen: Vec<Option<Tensor<1>>>,
+    fixed: Arc<Vec<Option<Tensor<1>>>>,
     /// Each bucket's gradients once they are summed; only the rank's own part counts.
     sums: Vec<Tensor<1>>,
-    /// Sums of squares of the rank's gradients before that.
-    own_squares: Vec<Tensor<1>>,
-}
-
-#[derive(Debug)]
-struct Bucket {
-    /// Weights, all of them.
-    params: Tensor<1>,
-    /// What goes with the part that is this rank's, unless that is empty.
-    own: Option<Own>,
 }
 
 #[derive(Debug, Clone)]
@@ -63,44 +57,36 @@ impl Resident {
             Tensor::<1>::from_data(TensorData::new(values.to_vec(), [len]), device)
         };
         let [params, ema, exp_avg, exp_avg_sq]: [Flat; 4] = state.take_arrays();
-        let bucket = |(bucket, own): (&Range<usize>, &Range<usize>)| {
-            let local = (!own.is_empty()).then(|| state.owned.local(own));
-            let own = local.map(|local| {
+        let own = |own: &Range<usize>| {
+            (!own.is_empty()).then(|| {
+                let local = state.owned.local(own);
                 let [ema, exp_avg, exp_avg_sq] =
                     [&ema, &exp_avg, &exp_avg_sq].map(|array| tensor(&array[local.clone()]));
                 Own { ema, exp_avg, exp_avg_sq }
-            });
-            Bucket { params: tensor(&params[bucket.clone()]), own }
-        };
-        let buckets = cut.plan.ranges.iter().zip(&cut.owned).map(bucket).collect();
-        let frozen = |entry: &crate::params::Entry| {
-            (!entry.trainable).then(|| {
-                let mut values = vec![0.0; entry.len()];
-                entry.init.fill(&mut values, 0, 0);
-                tensor(&values)
             })
         };
+        let buckets = cut.plan.ranges.iter().map(|bucket| tensor(&params[bucket.clone()]));
+        let fixed = layout.entries().iter().map(|entry| (!entry.trainable).then(|| entry.fixed(device)));
         Self {
-            frozen: layout.entries().iter().map(frozen).collect(),
+            weights: Arc::new(Weights::new(buckets)),
+            own: cut.owned.iter().map(own).collect(),
+            fixed: Arc::new(fixed.collect()),
             device: device.clone(),
             layout: layout.clone(),
             cut: cut.clone(),
             owned: state.owned.clone(),
-            buckets,
             sums: Vec::new(),
-            own_squares: Vec::new(),
         }
     }
 
-    /// The weights as the model takes them.
+    /// The weights as the model takes them, each when it is asked for.
     pub(super) fn params(&self) -> Params {
-        Params::on_device(&self.layout, |number, entry| match &self.frozen[number] {
+        let (cut, weights, fixed) = (self.cut.clone(), self.weights.clone(), self.fixed.clone());
+        Params::when_asked(&self.layout, move |number, entry| match &fixed[number] {
             Some(values) => values.clone(),
             None => {
-                let parts = self.pieces(&(entry.offset..entry.offset + entry.len()));
-                joined(
-                    parts.map(|(number, local)| slice(self.buckets[number].params.clone(), local)).collect(),
-                )
+                let parts = pieces(&cut, entry.offset..entry.offset + entry.len());
+                joined(parts.map(|(number, local)| slice(weights.get(number), local)).collect())
             }
         })
     }
@@ -117,12 +103,12 @@ impl Resident {
     /// The ranks could not talk.
     pub(super) fn sum(&mut self, collector: &Collector) -> Result<(f64, bool), CommError> {
         let summed = collector.finish()?;
-        (self.sums, self.own_squares) = (summed.sums, summed.own_squares);
+        self.sums = summed.sums;
         let parts = self.cut.parts().zip(&self.sums).filter(|((_, local), _)| !local.is_empty());
         let squares = parts.map(|((_, local), sums)| squared(slice(sums.clone(), local))).collect();
         // One vector, so that the host waits once.
-        let count = self.own_squares.len();
-        let all = [std::mem::take(&mut self.own_squares), squares].concat();
+        let count = summed.own_squares.len();
+        let all = [summed.own_squares, squares].concat();
         let all = read(Tensor::cat(all, 0));
         let (own, sums) = all.split_at(count);
         let squared = sums.iter().map(|&square| f64::from(square)).sum();
@@ -130,36 +116,36 @@ impl Resident {
     }
 
     /// Moves weights and average by the gradients of [`Resident::sum`]. With a sharded optimizer each bucket's new
-    /// weights go to all ranks while the next one's are computed; gives how long the rank waited for them.
+    /// weights go to all ranks while the next one's are computed.
+    pub(super) fn step(&mut self, update: &Update, comm: &dyn Communicator) {
+        let sums = std::mem::take(&mut self.sums);
+        for (number, (gradients, (_, local))) in sums.into_iter().zip(self.cut.parts()).enumerate() {
+            let mut params = self.weights.take(number);
+            if let Some(own) = self.own[number].take() {
+                let (moved, own) = moved(update, params, own, gradients, local);
+                self.own[number] = Some(own);
+                params = moved;
+            }
+            let travelling = self.cut.exchange.sharded.then(|| {
+                let how = Background { phases: Phases::Gather, wire: Wire::F32, bucket: number };
+                travel::start(params.clone(), how, &self.device, comm)
+            });
+            self.weights.put(number, params, travelling);
+        }
+    }
+
+    /// Waits for weights that are still on their way. Gives how long all who asked for some have waited since the last
+    /// time.
     ///
     /// # Errors
     /// The ranks could not talk.
-    pub(super) fn step(&mut self, update: &Update, comm: &dyn Communicator) -> Result<Duration, CommError> {
-        let mut travelling = Vec::new();
-        // Taken and put back, so that a kernel can write where it has read.
-        let (buckets, sums) = (std::mem::take(&mut self.buckets), std::mem::take(&mut self.sums));
-        for (number, ((mut bucket, gradients), (_, local))) in
-            buckets.into_iter().zip(sums).zip(self.cut.parts()).enumerate()
-        {
-            if let Some(own) = bucket.own.take() {
-                bucket = moved(update, bucket.params, own, gradients, local);
-            }
-            if self.cut.exchange.sharded {
-                let how = Background { phases: Phases::Gather, wire: Wire::F32, bucket: number };
-                travelling.push(travel::start(bucket.params.clone(), how, &self.device, comm));
-            }
-            self.buckets.push(bucket);
-        }
-        let waiting = Instant::now();
-        for (bucket, travelling) in self.buckets.iter_mut().zip(travelling) {
-            bucket.params = travelling.wait()?;
-        }
-        Ok(waiting.elapsed())
+    pub(super) fn settle(&self) -> Result<Duration, CommError> {
+        self.weights.settle()
     }
 
     /// Euclidean norm of the weights.
     pub(super) fn parameter_norm(&self) -> f64 {
-        let squares = self.buckets.iter().map(|bucket| squared(bucket.params.clone())).collect();
+        let squares = (0..self.own.len()).map(|number| squared(self.weights.get(number))).collect();
         read(Tensor::cat(squares, 0)).iter().map(|&square| f64::from(square)).sum::<f64>().sqrt()
     }
 
@@ -171,25 +157,23 @@ impl Resident {
         }
         own
     }
+}
 
-    /// The buckets that a range of the flat array lies in, and where in each.
-    fn pieces(&self, range: &Range<usize>) -> impl Iterator<Item = (usize, Range<usize>)> + use<'_> {
-        let range = range.clone();
-        let first = self.cut.plan.ranges.partition_point(|bucket| bucket.end <= range.start);
-        self.cut.plan.ranges[first..].iter().zip(first..).map_while(move |(bucket, number)| {
-            let part = range.start.max(bucket.start)..range.end.min(bucket.end);
-            (!part.is_empty()).then(|| (number, part.start - bucket.start..part.end - bucket.start))
-        })
-    }
+/// The buckets that a range of the flat array lies in, and where in each.
+fn pieces(cut: &Cut, range: Range<usize>) -> impl Iterator<Item = (usize, Range<usize>)> {
+    cut.buckets_of(&range).map(move |number| {
+        let bucket = &cut.plan.ranges[number];
+        let part = range.start.max(bucket.start)..range.end.min(bucket.end);
+        (number, part.start - bucket.start..part.end - bucket.start)
+    })
 }
 
 impl Source for Resident {
     fn copy(&self, array: Array, range: &Range<usize>, out: &mut [f32]) {
         let mut rest = out;
-        for (number, local) in self.pieces(range) {
-            let Bucket { params, own } = &self.buckets[number];
-            let (tensor, local) = match (array, own) {
-                (Array::Model, _) => (params, local),
+        for (number, local) in pieces(&self.cut, range.clone()) {
+            let (tensor, local) = match (array, &self.own[number]) {
+                (Array::Model, _) => (self.weights.get(number), local),
                 (_, Some(own)) => {
                     let before = self.cut.owned[number].start - self.cut.plan.ranges[number].start;
                     let tensor = match array {
@@ -197,19 +181,25 @@ impl Source for Resident {
                         Array::ExpAvg => &own.exp_avg,
                         Array::Model | Array::ExpAvgSq => &own.exp_avg_sq,
                     };
-                    (tensor, local.start - before..local.end - before)
+                    (tensor.clone(), local.start - before..local.end - before)
                 }
                 (_, None) => panic!("a copy of what another rank keeps: {range:?}"),
             };
             let (part, after) = rest.split_at_mut(local.len());
-            part.copy_from_slice(&read(slice(tensor.clone(), local)));
+            part.copy_from_slice(&read(slice(tensor, local)));
             rest = after;
         }
     }
 }
 
 /// A bucket after an update by its gradients; `local` is where in it the rank's own part is.
-fn moved(update: &Update, whole: Tensor<1>, own: Own, gradients: Tensor<1>, local: Range<usize>) -> Bucket {
+fn moved(
+    update: &Update,
+    whole: Tensor<1>,
+    own: Own,
+    gradients: Tensor<1>,
+    local: Range<usize>,
+) -> (Tensor<1>, Own) {
     let all = local == (0..whole.dims()[0]);
     let (whole, params) = match all {
         true => (None, whole),
@@ -222,7 +212,7 @@ fn moved(update: &Update, whole: Tensor<1>, own: Own, gradients: Tensor<1>, loca
         Some(whole) => whole.slice_assign([local], params),
         None => params,
     };
-    Bucket { params, own: Some(Own { ema, exp_avg, exp_avg_sq }) }
+    (params, Own { ema, exp_avg, exp_avg_sq })
 }
 
 /// Part of a vector.
