@@ -72,6 +72,9 @@ check-cuda: setup
 # cases and small runs take whatever Vulkan finds.
 GPU_TESTS = -p repa-dist -p repa-tests -p repa-trainer --features repa-dist/wgpu,repa-tests/wgpu
 check-gpu: export CARGO_TARGET_DIR := $(CARGO_TARGET_DIR)/wgpu
+# Built to be run once: a third of the size.
+check-gpu: export CARGO_PROFILE_RELEASE_DEBUG = 0
+check-gpu: export CARGO_INCREMENTAL = 0
 check-gpu:
 	@sh launcher/setup.sh gpu
 	$(CARGO) build --release --locked $(GPU_TESTS)

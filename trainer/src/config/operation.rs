@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct CommConfig {
-    /// Whether gradients are summed over the ranks while the backward pass still runs. Changes no bit.
+    /// Whether gradients are summed over the ranks while the backward pass still runs, and the new weights of a sharded
+    /// optimizer arrive while the next forward pass does. Changes no bit.
     pub overlap: bool,
     /// Size of the buckets in which they are summed, in MiB. Changes no bit.
     pub bucket_mib: usize,

@@ -180,9 +180,10 @@ impl Stepper {
         let mine = Control { denoising, alignment, saving, ..Control::default() };
         let (control, norm) = control::agree(mine, sums.squared, scale, comm.as_ref())?;
         let summed = begin.elapsed();
-        self.learner.step(norm, config, comm.as_ref());
+        let (_, waited_after) = self.learner.step(norm, config, comm.as_ref())?;
         let all = begin.elapsed();
-        Ok(([all, computed - waited, summed - computed + waited, all - summed], control))
+        let exposed = summed - computed + waited + waited_after;
+        Ok(([all, computed - waited, exposed, all - summed - waited_after], control))
     }
 
     /// One step of a run that saves. Gives whether a checkpoint has become durable.

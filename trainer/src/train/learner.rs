@@ -140,11 +140,20 @@ impl Learner {
     }
 
     /// Takes the step by summed gradients of this norm, or leaves it out and says why. With a sharded optimizer the other
-    /// ranks' new weights are still on their way when it returns.
-    pub(super) fn step(&mut self, norm: f64, config: &Config, comm: &dyn Communicator) -> Option<Skipped> {
+    /// ranks' new weights are still on their way when it returns; without overlap it waits for them, for as long as the
+    /// second value says.
+    ///
+    /// # Errors
+    /// The ranks could not talk.
+    pub(super) fn step(
+        &mut self,
+        norm: f64,
+        config: &Config,
+        comm: &dyn Communicator,
+    ) -> Result<(Option<Skipped>, Duration), CommError> {
         let update = match self.state.begin(config, norm) {
             Ok(update) => update,
-            Err(skipped) => return Some(skipped),
+            Err(skipped) => return Ok((Some(skipped), Duration::ZERO)),
         };
         match &mut self.place {
             Place::Host(host) => {
@@ -153,26 +162,28 @@ impl Learner {
             }
             Place::Gpu(resident) => resident.step(&update, comm),
         }
-        None
+        let waited = if self.cut.exchange.overlap { Duration::ZERO } else { self.settle()? };
+        Ok((None, waited))
     }
 
-    /// Waits for weights that are still on their way.
+    /// Waits for weights that are still on their way. Gives for how long.
     ///
     /// # Errors
     /// The ranks could not talk.
-    pub(super) fn settle(&mut self) -> Result<(), CommError> {
+    pub(super) fn settle(&mut self) -> Result<Duration, CommError> {
         match &mut self.place {
-            Place::Host(host) if host.travelling.is_empty() => {}
+            Place::Host(host) if host.travelling.is_empty() => Ok(Duration::ZERO),
             Place::Host(host) => {
                 let params = std::mem::replace(&mut self.state.params, flat::zeros(0));
                 let travelling = std::mem::take(&mut host.travelling);
                 let weights = Weights::new(&self.cut, params, travelling, host.gradients.take());
                 host.gradients.keep(weights.take_memory());
-                self.state.params = weights.finish()?.0;
+                let (params, waited) = weights.finish()?;
+                self.state.params = params;
+                Ok(waited)
             }
-            Place::Gpu(resident) => drop(resident.settle()?),
+            Place::Gpu(resident) => resident.settle(),
         }
-        Ok(())
     }
 
     /// Where a snapshot copies from, once all weights have arrived.
@@ -248,7 +259,7 @@ mod tests {
                     let losses = pass.losses;
                     let sums = learner.sum(pass, comm.as_ref()).unwrap();
                     assert!(sums.finite);
-                    let skipped = learner.step(sums.squared.sqrt(), &config, comm.as_ref());
+                    let (skipped, _) = learner.step(sums.squared.sqrt(), &config, comm.as_ref()).unwrap();
                     assert_eq!(skipped, None);
                     [losses.denoising, losses.alignment, sums.squared, learner.parameter_norm().unwrap()]
                 });
@@ -298,7 +309,7 @@ mod tests {
         let sums = learner.sum(pass, comm.as_ref()).unwrap();
         assert!(!sums.finite && !sums.squared.is_finite());
         let norm = learner.parameter_norm().unwrap();
-        let skipped = learner.step(sums.squared.sqrt(), &config, comm.as_ref());
+        let (skipped, _) = learner.step(sums.squared.sqrt(), &config, comm.as_ref()).unwrap();
         assert_eq!((skipped, learner.parameter_norm().unwrap()), (Some(Skipped::NotFinite), norm));
     }
 }

@@ -183,9 +183,10 @@ impl Session {
         self.board.publish_phase(Phase::Optimizing);
         let optimizing = Instant::now();
         let learning_rate = self.learner.state.learning_rate(config);
-        let skipped = self.learner.step(norm, config, comm.as_ref());
+        let (skipped, waited_after) = self.learner.step(norm, config, comm.as_ref())?;
+        let waited = waited + waited_after;
         self.count_skips(config, comm.as_ref(), skipped, sums.finite)?;
-        let optimizer = optimizing.elapsed();
+        let optimizer = optimizing.elapsed() - waited_after;
 
         // Own work: what other ranks keep this one waiting for would make all alike.
         self.board.publish_step_time(started.elapsed().saturating_sub(exposed + waited));
