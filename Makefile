@@ -79,7 +79,7 @@ check-gpu:
 	@sh launcher/setup.sh gpu
 	$(CARGO) build --release --locked $(GPU_TESTS)
 	REPA_TEST_DEVICE=wgpu $(CARGO) nextest run --release --locked $(GPU_TESTS) --lib --test gpu --test golden \
-		-E 'binary(gpu) + binary(golden) + test(sit::tests::watched)'
+		-E 'binary(gpu) + binary(golden) + test(ops::tests) + test(sit::tests::watched)'
 
 lint: setup
 	$(CARGO) fmt --check

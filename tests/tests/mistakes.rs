@@ -45,6 +45,10 @@ fn wrong_keys_and_values() {
     fails(&place.arguments(&["train.steps=soon"]), 2, &["train.steps cannot be", "soon"]);
     fails(&place.arguments(&["model.num_heads=5"]), 2, &["model.num_heads = 5", "hidden_size"]);
     fails(&place.arguments(&["device=cuda:0"]), 2, &["device = cuda:0", "cpu"]);
+    fails(&place.arguments(&["device=wgpu"]), 2, &["device = wgpu", "--features wgpu"]);
+    let half = place.arguments(&["device=wgpu", "train.precision=bf16"]);
+    fails(&half, 2, &["train.precision = bf16", "f32 only"]);
+    fails(&place.arguments(&["device=tpu"]), 2, &["device = tpu", "wgpu"]);
     fails(&["--config".into(), "/nonexistent.toml".into()], 2, &["/nonexistent.toml"]);
     // The store has 3 classes, 4 channels and tokens of width 12.
     fails(&place.arguments(&["model.num_classes=2"]), 3, &["classes"]);

@@ -4,22 +4,22 @@
 //! MLP width M, A heads, T tokens, projector width D, feature width Z and e bytes an element of
 //! matrix products (4, or 2 in half precision), a block keeps
 //!
-//! | operation | fused, float32 (CPU) | half precision on the CPU | composite (GPU) |
+//! | operation | float32 on the CPU | half precision on the CPU | GPU |
 //! |---|---|---|---|
-//! | modulate: its input, or centred and normalised | 4 RH | 4 RH | 8 RH |
+//! | modulate: its input | 4 RH | 4 RH | 4 RH |
 //! | qkv: its input | 4 RH | 2 RH | e RH |
 //! | attention: q, k and v | 12 RH | 6 RH | 3 e RH |
-//! | attention: probabilities and what led to them | 4 RAT | (8 + 2) RAT | (8 + e) RAT |
+//! | attention: probabilities, and what led to them where it is no fused form | 4 RAT | (8 + 2) RAT | e RAT |
 //! | proj: its input | 4 RH | 2 RH | e RH |
 //! | gated_add: the branch, in float32 | 4 RH | 4 RH | 4 RH |
-//! | modulate: its input, or centred and normalised | 4 RH | 4 RH | 8 RH |
+//! | modulate: its input | 4 RH | 4 RH | 4 RH |
 //! | fc1: its input | 4 RH | 2 RH | e RH |
-//! | GELU: its input (fused); also tanh's input and 1 + tanh | 4 RM | 6 RM | 3 e RM |
+//! | GELU: its input; where it is no fused form also tanh's input and 1 + tanh | 4 RM | 6 RM | e RM |
 //! | fc2: its input | 4 RM | 2 RM | e RM |
 //! | gated_add: the branch, in float32 | 4 RH | 4 RH | 4 RH |
 //!
 //! The probabilities are materialised, [samples, heads, T, T], by the fused attention too: its
-//! backward pass reads them. Fused operations take float32 tensors (`ops::fused`): modulate and
+//! backward pass reads them. On the CPU fused operations take float32 tensors (`ops::fused`): modulate and
 //! gated_add see the float32 residual stream in every precision, the rest does so in float32 only.
 
 use crate::model::{Precision, SitConfig};
@@ -51,10 +51,10 @@ pub(super) struct Pass {
     patch: u128,
     qk_norm: bool,
     element: u128,
-    /// Whether the residual stream's operations are fused.
-    fused_stream: bool,
-    /// Whether all are.
+    /// Whether all operations have fused forms, and not only those of the residual stream.
     fused: bool,
+    /// Whether backward passes of one operation are made of several.
+    composed: bool,
 }
 
 impl Pass {
@@ -72,8 +72,8 @@ impl Pass {
             patch: (sit.in_channels * sit.patch_size * sit.patch_size) as u128,
             qk_norm: sit.qk_norm,
             element: element(precision),
-            fused_stream: on_cpu,
-            fused: on_cpu && precision == Precision::F32,
+            fused: !on_cpu || precision == Precision::F32,
+            composed: !on_cpu || precision != Precision::F32,
         }
     }
 
@@ -87,26 +87,21 @@ impl Pass {
         self.element * self.rows * width
     }
 
-    /// What a modulated normalisation keeps. Fused, its input; else the centred input and its quotient by
-    /// the deviation.
+    /// What a modulated normalisation keeps: its input.
     fn modulate(&self) -> u128 {
-        if self.fused_stream { self.stream() } else { 2 * self.stream() }
+        self.stream()
     }
 
     /// The attention's scores: the softmax's output; not fused, also its shifted input and its exponentials
     /// in float32.
     fn scores(&self) -> u128 {
-        let each = if self.fused { F32 } else { 2 * F32 + self.element };
+        let each = if self.fused { self.element } else { 2 * F32 + self.element };
         each * self.rows * self.heads * self.tokens
     }
 
     /// q, k and v; where q and k are normalised, in float32, also the input of that.
     fn qkv(&self) -> u128 {
-        let norms = match (self.qk_norm, self.fused_stream) {
-            (false, _) => 0,
-            (true, true) => 2 * self.stream(),
-            (true, false) => 4 * self.stream(),
-        };
+        let norms = if self.qk_norm { 2 * self.stream() } else { 0 };
         3 * self.matrix(self.hidden) + norms
     }
 
@@ -137,7 +132,7 @@ impl Pass {
     /// by the block above anyway), two SiLU, and projected tokens and features in float32, whose product and
     /// norms need both.
     fn projectors(&self) -> u128 {
-        let input = if self.fused { 0 } else { self.matrix(self.hidden) };
+        let input = if self.element == F32 { 0 } else { self.matrix(self.hidden) };
         self.features.iter().map(|z| input + 2 * self.silu() + 2 * F32 * self.rows * z).sum()
     }
 
@@ -202,8 +197,8 @@ impl Pass {
         let (stream, hidden, mlp) = (self.stream(), self.matrix(self.hidden), self.matrix(self.mlp));
         let weight = |inputs: u128, outputs: u128| self.element * inputs * outputs;
         let square = weight(self.hidden, self.hidden);
-        // What composites of several operations need beside their result.
-        let spare = |bytes: u128| if self.fused { 0 } else { bytes };
+        // What several operations need beside their result.
+        let spare = |bytes: u128| if self.composed { bytes } else { 0 };
         // gated_add, from the gradient of the stream.
         walk.step(hidden + spare(stream), stream + spare(stream));
         // fc2, GELU and fc1.

@@ -8,7 +8,7 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend};
 
-use super::{SitGradients, SitOps};
+use super::{MatrixGradients, MatrixOps, SitGradients, SitOps};
 
 /// An operation of one input whose gradient follows from that input.
 macro_rules! unary {
@@ -158,7 +158,7 @@ impl<B: SitGradients> Backward<B, 1> for PackedAttention {
 /// x and weight, each saved only where the other's gradient is wanted.
 type LinearState = (Option<NodeId>, Option<NodeId>);
 
-impl<B: SitGradients> Backward<B, 2> for Linear {
+impl<B: MatrixGradients> Backward<B, 2> for Linear {
     type State = LinearState;
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
@@ -169,7 +169,7 @@ impl<B: SitGradients> Backward<B, 2> for Linear {
     }
 }
 
-impl<B: SitGradients> Backward<B, 3> for Linear {
+impl<B: MatrixGradients> Backward<B, 3> for Linear {
     type State = LinearState;
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
@@ -183,7 +183,7 @@ impl<B: SitGradients> Backward<B, 3> for Linear {
     }
 }
 
-fn linear_gradients<B: SitGradients>(
+fn linear_gradients<B: MatrixGradients>(
     [x_parent, weight_parent]: [Option<NodeId>; 2],
     (x, weight): LinearState,
     grad: FloatTensor<B>,
@@ -200,7 +200,7 @@ fn linear_gradients<B: SitGradients>(
     }
 }
 
-impl<B: SitGradients> Backward<B, 3> for Convolve {
+impl<B: MatrixGradients> Backward<B, 3> for Convolve {
     type State = LinearState;
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
@@ -298,7 +298,9 @@ impl<B: SitGradients, C: CheckpointStrategy> SitOps for Autodiff<B, C> {
             OpsKind::UnTracked(prep) => prep.finish(B::packed_attention(qkv.into_primitive(), heads)),
         }
     }
+}
 
+impl<B: MatrixGradients, C: CheckpointStrategy> MatrixOps for Autodiff<B, C> {
     fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
         let (x_tracked, weight_tracked) = (x.is_tracked(), weight.is_tracked());
         match Backward::<B, 2>::prepare::<C>(Linear, [x.node(), weight.node()]).compute_bound().stateful() {

@@ -1,14 +1,17 @@
 //! Operations that decide the speed of a step.
 //!
 //! Each has a definition in `composite`, made of burn's own operations, and may have a fused form on
-//! a backend (`flex/` for the CPU) with a hand-written backward pass (`autodiff`). The functions here
-//! choose: float32 on a backend with fused forms takes those, everything else the composite. To add
+//! a backend (`flex/` for the CPU, `cube` for GPUs) with a hand-written backward pass (`autodiff`). The functions here
+//! choose: what a backend has fused forms for takes those, everything else the composite. To add
 //! a backend, list it in [`SitOps`], implement that and [`SitGradients`], and extend `fused`.
 
 pub mod allocator;
 mod autodiff;
 pub mod composite;
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+mod cube;
 mod flex;
+mod formulas;
 mod watch;
 
 use burn::backend::tensor::FloatTensor;
@@ -17,9 +20,9 @@ use burn::tensor::{DType, Tensor};
 
 pub use watch::{GradientSink, GradientSlot, after, watch};
 
-/// Fused forms of the operations of this module, on float32 primitives of any strides. The function
-/// of the same name in `composite` is the definition.
-#[backend_extension(Autodiff, Flex)]
+/// Fused forms of operations of this module, on primitives of one type and any strides. The function of the same
+/// name in `composite` is the definition.
+#[backend_extension(Autodiff, Flex, Cube: cfg(any(feature = "cuda", feature = "wgpu")))]
 pub trait SitOps: Backend {
     /// See [`gelu_tanh`].
     fn gelu_tanh(x: FloatTensor<Self>) -> FloatTensor<Self>;
@@ -51,7 +54,11 @@ pub trait SitOps: Backend {
 
     /// See [`attention_qkv`].
     fn packed_attention(qkv: FloatTensor<Self>, heads: usize) -> FloatTensor<Self>;
+}
 
+/// As [`SitOps`], for matrix products and convolutions, which GPUs have good ones of already.
+#[backend_extension(Autodiff, Flex)]
+pub trait MatrixOps: Backend {
     /// x weight^T for x [rows, in], weight [out, in].
     fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
 
@@ -118,29 +125,46 @@ pub trait SitGradients: SitOps {
         probabilities: FloatTensor<Self>,
         grad: FloatTensor<Self>,
     ) -> FloatTensor<Self>;
+}
 
-    /// [`SitOps::project`]'s gradient by x: grad weight.
+/// What the backward passes need of a backend that has [`MatrixOps`].
+pub trait MatrixGradients: MatrixOps {
+    /// [`MatrixOps::project`]'s gradient by x: grad weight.
     fn project_backward_input(grad: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
 
-    /// [`SitOps::project`]'s gradient by the weight: grad^T x.
+    /// [`MatrixOps::project`]'s gradient by the weight: grad^T x.
     fn project_backward_weight(grad: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self>;
 
     /// The sum over rows: [rows, out] -> [out].
     fn sum_rows(grad: FloatTensor<Self>) -> FloatTensor<Self>;
 
-    /// [`SitOps::convolve`]'s gradient by x.
+    /// [`MatrixOps::convolve`]'s gradient by x.
     fn convolve_backward_input(grad: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
 
-    /// [`SitOps::convolve`]'s gradient by the weight.
+    /// [`MatrixOps::convolve`]'s gradient by the weight.
     fn convolve_backward_weight(grad: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self>;
 
     /// The sum over samples and pixels: [N, channels, H, W] -> [channels].
     fn sum_channels(grad: FloatTensor<Self>) -> FloatTensor<Self>;
 }
 
-/// Whether the fused forms take this tensor.
-fn fused<const D: usize>(x: &Tensor<D>) -> bool {
+/// Whether the fused forms of matrix products and convolutions take this tensor: float32 on the CPU.
+fn fused_matrix<const D: usize>(x: &Tensor<D>) -> bool {
     x.dtype() == DType::F32 && matches!(x.device().inner().as_dispatch(), DispatchDevice::Flex(_))
+}
+
+/// Whether the fused forms of the other operations do: on a GPU, in half precision as well.
+fn fused<const D: usize>(x: &Tensor<D>) -> bool {
+    match x.device().inner().as_dispatch() {
+        #[cfg(any(feature = "cuda", feature = "wgpu"))]
+        DispatchDevice::Cube(_) => matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16),
+        _ => fused_matrix(x),
+    }
+}
+
+/// Whether they take these together.
+fn fused_together<const A: usize, const B: usize>(x: &Tensor<A>, y: &Tensor<B>) -> bool {
+    fused(x) && fused(y) && x.dtype() == y.dtype()
 }
 
 /// tanh-approximated GELU: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
@@ -175,7 +199,7 @@ pub fn layer_norm_affine<const D: usize>(
     bias: Tensor<1>,
     epsilon: f64,
 ) -> Tensor<D> {
-    if !fused(&x) {
+    if !(fused_together(&x, &weight) && fused_together(&x, &bias)) {
         return composite::layer_norm_affine(x, weight, bias, epsilon);
     }
     let shape = x.dims();
@@ -194,7 +218,7 @@ pub fn layer_norm_affine<const D: usize>(
 /// layer_norm(x) * (1 + scale) + shift: adaptive layer normalisation (DiT, arXiv 2212.09748), for x
 /// [N, T, H], shift and scale [N, 1, H].
 pub fn modulate(x: Tensor<3>, shift: Tensor<3>, scale: Tensor<3>, epsilon: f64) -> Tensor<3> {
-    if !(fused(&x) && fused(&shift) && fused(&scale)) {
+    if !(fused_together(&x, &shift) && fused_together(&x, &scale)) {
         return composite::modulate(x, shift, scale, epsilon);
     }
     let [n, _, h] = x.dims();
@@ -214,7 +238,7 @@ pub fn modulate(x: Tensor<3>, shift: Tensor<3>, scale: Tensor<3>, epsilon: f64) 
 
 /// x + gate * y: the gated residual of a DiT block, for x and y [N, T, H], gate [N, 1, H].
 pub fn gated_add(x: Tensor<3>, y: Tensor<3>, gate: Tensor<3>) -> Tensor<3> {
-    if !(fused(&x) && fused(&y) && fused(&gate)) {
+    if !(fused_together(&x, &y) && fused_together(&x, &gate)) {
         return composite::gated_add(x, y, gate);
     }
     let [n, t, h] = x.dims();
@@ -225,7 +249,7 @@ pub fn gated_add(x: Tensor<3>, y: Tensor<3>, gate: Tensor<3>) -> Tensor<3> {
 /// softmax(q k^T / sqrt(head_dim)) v over [N, heads, tokens, head_dim]; k and v may have another
 /// number of tokens than q.
 pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>) -> Tensor<4> {
-    if !(fused(&q) && fused(&k) && fused(&v)) {
+    if !(fused_together(&q, &k) && fused_together(&q, &v)) {
         return composite::attention(q, k, v);
     }
     let [n, heads, _, d] = q.dims();
@@ -253,7 +277,7 @@ pub fn attention_qkv(qkv: Tensor<3>, heads: usize) -> Tensor<3> {
 
 /// x weight^T + bias over the last dimension; the weight is [out, in].
 pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<D> {
-    if !(fused(&x) && fused(&weight) && bias.as_ref().is_none_or(fused)) {
+    if !(fused_matrix(&x) && fused_matrix(&weight) && bias.as_ref().is_none_or(fused_matrix)) {
         return composite::linear(x, weight, bias);
     }
     let mut shape = x.dims();
@@ -279,7 +303,7 @@ pub fn conv2d(
 ) -> Tensor<4> {
     let [outputs, inputs, kernel @ ..] = weight.dims();
     let fits = kernel == [3, 3] && stride == 1 && padding == 1 && x.dims()[1] == inputs;
-    if !(fits && fused(&x) && fused(&weight) && bias.as_ref().is_none_or(fused)) {
+    if !(fits && fused_matrix(&x) && fused_matrix(&weight) && bias.as_ref().is_none_or(fused_matrix)) {
         return composite::conv2d(x, weight, bias, stride, padding);
     }
     let bias = bias.unwrap_or_else(|| Tensor::zeros([outputs], &x.device()));

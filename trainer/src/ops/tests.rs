@@ -16,9 +16,15 @@ fn values(seed: u64, len: usize, scale: f32) -> Vec<f32> {
     (0..len).map(|_| next() * scale).collect()
 }
 
+/// `REPA_TEST_DEVICE`, or the CPU.
+fn device() -> Device {
+    let name = std::env::var("REPA_TEST_DEVICE").unwrap_or_else(|_| "cpu".into());
+    crate::train::device(&name, 0).unwrap_or_else(|e| panic!("REPA_TEST_DEVICE: {e}"))
+}
+
 fn leaf<const D: usize>(seed: u64, shape: [usize; D], scale: f32) -> Tensor<D> {
     let data = TensorData::new(values(seed, shape.iter().product(), scale), shape);
-    Tensor::from_data(data, &Device::flex().autodiff()).require_grad()
+    Tensor::from_data(data, &device().autodiff()).require_grad()
 }
 
 fn host<const D: usize>(x: Tensor<D>) -> Vec<f32> {
@@ -263,9 +269,73 @@ fn convolution_matches_its_composite() {
     assert_eq!(conv2d(x, weight, None, 1, 0).dims(), [2, 4, 6, 6]);
 }
 
+/// A result and gradients by formulas, for the loss of [`run`].
+fn by_formulas<const N: usize, const D: usize>(
+    y: Tensor<D>,
+    gradients: impl Fn(Tensor<D>) -> [Vec<f32>; N],
+) -> [Vec<f32>; 4] {
+    let weights = TensorData::new(values(99, y.shape().num_elements(), 1.0), y.shape());
+    let mut found = gradients(Tensor::from_data(weights, &y.device())).into_iter();
+    [host(y), found.next().unwrap(), found.next().unwrap_or_default(), found.next().unwrap_or_default()]
+}
+
+/// What GPUs take for the gradients, on any device.
+#[test]
+fn formulas_are_the_gradients_of_the_composites() {
+    let x = leaf(1, [2000], 6.0);
+    let leaves = (&x, &unused(), &unused());
+    let plain = x.clone().inner();
+    let found = by_formulas(formulas::gelu_tanh(plain.clone()), |g| {
+        [host(formulas::gelu_tanh_backward(plain.clone(), g))]
+    });
+    same(found, run(leaves, |x, _, _| composite::gelu_tanh(x)), 1e-6);
+    let found =
+        by_formulas(formulas::swish(plain.clone()), |g| [host(formulas::swish_backward(plain.clone(), g))]);
+    same(found, run(leaves, |x, _, _| composite::silu(x)), 1e-6);
+
+    let x = leaf(1, [17, 70], 3.0);
+    let plain = x.clone().inner();
+    let found = by_formulas(formulas::normalise(plain.clone(), 1e-6), |g| {
+        [host(formulas::normalise_backward(plain.clone(), g, 1e-6))]
+    });
+    same(found, run((&x, &unused(), &unused()), |x, _, _| composite::layer_norm(x, 1e-6)), 1e-5);
+
+    let (x, gain, shift) = (leaf(1, [3, 10, 70], 3.0), leaf(2, [3, 1, 70], 1.0), leaf(3, [3, 1, 70], 1.0));
+    let plain = [&x, &gain, &shift].map(|x| x.clone().inner());
+    let [a, b, c] = plain.clone();
+    let found = by_formulas(formulas::modulate(a.clone(), b.clone(), c, 1.0, 1e-6), |g| {
+        formulas::modulate_backward(a.clone(), b.clone(), g, 1.0, 1e-6).map(host)
+    });
+    let expected = run((&x, &gain, &shift), |x, gain, shift| composite::modulate(x, shift, gain, 1e-6));
+    same(found, expected, 1e-5);
+
+    let y = leaf(4, [3, 10, 70], 1.0);
+    let found = by_formulas(composite::gated_add(a, y.clone().inner(), b.clone()), |g| {
+        let [by_y, by_gate] = formulas::gated_add_backward(y.clone().inner(), b.clone(), g.clone());
+        [host(g), host(by_y), host(by_gate)]
+    });
+    same(found, run((&x, &y, &gain), composite::gated_add), 1e-5);
+
+    let (q, k, v) = (leaf(1, [2, 3, 17, 8], 2.0), leaf(2, [2, 3, 33, 8], 2.0), leaf(3, [2, 3, 33, 8], 2.0));
+    let plain = [&q, &k, &v].map(|x| x.clone().inner());
+    let [a, b, c] = plain.clone();
+    let [y, probabilities] = formulas::attention(a, b, c);
+    let found =
+        by_formulas(y, |g| formulas::attention_backward(plain.clone(), probabilities.clone(), g).map(host));
+    same(found, run((&q, &k, &v), composite::attention), 1e-5);
+
+    let qkv = leaf(5, [2, 17, 3 * 24], 2.0);
+    let (y, probabilities) = formulas::packed_attention(qkv.clone().inner(), 3);
+    let found = by_formulas(y, |g| {
+        [host(formulas::packed_attention_backward(qkv.clone().inner(), probabilities.clone(), g))]
+    });
+    let leaves = (&qkv, &unused(), &unused());
+    same(found, run(leaves, |qkv, _, _| composite::attention_qkv(qkv, 3)), 1e-5);
+}
+
 #[test]
 fn inputs_that_need_no_gradient_are_left_alone() {
-    let device = Device::flex().autodiff();
+    let device = device().autodiff();
     let x = Tensor::<3>::from_data(TensorData::new(values(1, 30, 1.0), [2, 3, 5]), &device);
     let weight = leaf(2, [4, 5], 1.0);
     let gate = leaf(3, [2, 1, 4], 1.0);
@@ -280,7 +350,7 @@ fn inputs_that_need_no_gradient_are_left_alone() {
 
 #[test]
 fn half_precision_takes_the_composite() {
-    let x = leaf(1, [2, 3, 8], 1.0).inner();
+    let x = Tensor::<3>::from_data(TensorData::new(values(1, 48, 1.0), [2, 3, 8]), &Device::flex());
     for dtype in [burn::tensor::FloatDType::F16, burn::tensor::FloatDType::BF16] {
         let half = x.clone().cast(dtype);
         assert_eq!(gelu_tanh(half.clone()).dtype(), half.dtype());

@@ -9,7 +9,7 @@ use super::{
     Matrix, PIECE, ROWS, contiguous, convolution, dims, each, elementwise, norm, product, simd, tensor,
     update, values, vector,
 };
-use crate::ops::SitGradients;
+use crate::ops::{MatrixGradients, SitGradients};
 
 /// The gradient by x, in the place of the gradient by y where that is free.
 fn map_backward(
@@ -152,7 +152,9 @@ impl SitGradients for Flex {
         };
         tensor(by, qkv.layout().shape().clone())
     }
+}
 
+impl MatrixGradients for Flex {
     fn project_backward_input(grad: FlexTensor, weight: FlexTensor) -> FlexTensor {
         let ([rows, outputs], [_, inputs]) = (dims(&grad), dims::<2>(&weight));
         // SAFETY: the sizes are the tensors'.

@@ -18,7 +18,7 @@ use burn_flex::{Flex, FlexTensor};
 use rayon::prelude::*;
 
 use self::heads::{packed, unpacked};
-use super::SitOps;
+use super::{MatrixOps, SitOps};
 
 /// Elements of an element-wise operation that make one piece.
 const PIECE: usize = 16 * 1024;
@@ -267,7 +267,9 @@ impl SitOps for Flex {
     fn packed_attention(qkv: FlexTensor, heads: usize) -> FlexTensor {
         packed(qkv, heads, None)
     }
+}
 
+impl MatrixOps for Flex {
     fn project(x: FlexTensor, weight: FlexTensor) -> FlexTensor {
         let ([rows, inputs], [outputs, _]) = (dims(&x), dims::<2>(&weight));
         // SAFETY: the sizes are the tensors'.
