@@ -6,7 +6,7 @@ use burn::tensor::Tensor;
 use repa_comm::{Background, CommError, Communicator, Phases};
 
 use super::travel::{self, Travelling};
-use super::{joined, slice, squared};
+use super::{slice, squared};
 use crate::Device;
 use crate::ops::GradientSink;
 use crate::train::plan::Cut;
@@ -120,7 +120,8 @@ impl Collector {
         }
     }
 
-    /// A bucket's gradients. Parameters without one count as zeros.
+    /// A bucket's gradients, in memory of their own: sums are taken in place, and a gradient may share its memory with one
+    /// that the backward pass still needs. Parameters without one count as zeros.
     fn bucket(&self, filling: &mut Filling, number: usize) -> Tensor<1> {
         let plan = &self.cut.plan;
         let bucket = &plan.ranges[number];
@@ -138,7 +139,11 @@ impl Collector {
                 gradient.values = None;
             }
         }
-        joined(parts)
+        match parts.len() {
+            // A new vector, unless nobody else has this one's memory.
+            1 => parts.remove(0) * 1.0,
+            _ => Tensor::cat(parts, 0),
+        }
     }
 
     /// Waits for all sums.

@@ -45,8 +45,8 @@ impl OverNccl {
             }
         };
         // SAFETY: the memory is kept until the end of the operation, in `wait` or by a drop that nobody survives: what
-        // has failed to be waited for ends the job. Nobody else uses it: the values are this function's own but for the
-        // tensor that is kept here.
+        // has failed to be waited for ends the job. Nobody else uses it: buckets of gradients have memory of their own
+        // (`Collector::bucket`), and those of weights are asked for only when they have arrived.
         let pending = unsafe { nccl.start_device(on_device, how.phases, Some(how.bucket), after) };
         Some(Self { values, pending, _memory: memory })
     }
