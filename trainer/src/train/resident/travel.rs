@@ -3,6 +3,8 @@
 use burn::tensor::{Tensor, TensorData};
 use repa_comm::{Background, CommError, Communicator, Pending};
 
+#[cfg(feature = "cuda")]
+use super::over_nccl::OverNccl;
 use super::read;
 use crate::Device;
 
@@ -13,7 +15,7 @@ pub(super) enum Travelling {
     /// By way of the host's memory, and where it comes back to.
     Host(Pending<Vec<f32>>, Device),
     #[cfg(feature = "cuda")]
-    Nccl(super::over_nccl::OverNccl),
+    Nccl(Box<OverNccl>),
 }
 
 /// Starts a collective on a bucket, and returns as soon as the values are where they start from: on the host, that is
@@ -28,11 +30,9 @@ pub(super) fn start(
         return Travelling::Here(values);
     }
     #[cfg(feature = "cuda")]
-    let values =
-        match comm.nccl().map(|nccl| super::over_nccl::OverNccl::start(values.clone(), how, device, nccl)) {
-            Some(Some(started)) => return Travelling::Nccl(started),
-            _ => values,
-        };
+    if let Some(started) = comm.nccl().and_then(|nccl| OverNccl::start(values.clone(), how, device, nccl)) {
+        return Travelling::Nccl(Box::new(started));
+    }
     Travelling::Host(comm.start_f32(read(values), how), device.clone())
 }
 
