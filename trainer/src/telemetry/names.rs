@@ -54,7 +54,7 @@ pub const MODEL_FLOPS_PER_SECOND: &str = "repa_model_flops_per_second";
 pub const MFU_RATIO: &str = "repa_mfu_ratio";
 /// Bytes of the vectors that this rank has handed to collectives.
 pub const COMMUNICATION_BYTES: &str = "repa_communication_bytes_total";
-/// Seconds of a step spent on bringing weights and batch to where they are computed with.
+/// Seconds of a step spent on bringing the batch to where it is computed with.
 pub const HOST_TO_DEVICE_SECONDS: &str = "repa_host_to_device_seconds";
 /// Seconds that the encoders took for a batch.
 pub const ENCODER_SECONDS: &str = "repa_encoder_seconds";
@@ -188,10 +188,7 @@ pub fn describe() {
     let durations = [
         (STEP_SECONDS, "Duration of a step"),
         (DATA_WAIT_SECONDS, "Part of a step spent waiting for data"),
-        (
-            HOST_TO_DEVICE_SECONDS,
-            "Part of a step spent on bringing weights and batch to where they are computed with",
-        ),
+        (HOST_TO_DEVICE_SECONDS, "Part of a step spent on bringing the batch to where it is computed with"),
         (ENCODER_SECONDS, "Time that the encoders took for a batch, one batch ahead of training"),
         (FORWARD_SECONDS, "Part of a step spent in forward passes"),
         (BACKWARD_SECONDS, "Part of a step spent in backward passes"),

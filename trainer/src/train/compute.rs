@@ -36,9 +36,9 @@ pub struct Details {
     pub encoders: Vec<f64>,
     /// Denoising losses by the part of [0, 1] that t is in, added up, and the samples there.
     pub timesteps: [(f64, u64); TIMESTEP_PARTS],
-    /// Time to bring weights and batch to where they are computed with.
+    /// Time to bring the batch to where it is computed with.
     pub upload: Duration,
-    /// Time of forward passes, losses included.
+    /// Time of forward passes, losses and copies of the weights included.
     pub forward: Duration,
     /// Time of backward passes.
     pub backward: Duration,

@@ -106,16 +106,18 @@ impl Learner {
                 let collector = Arc::new(buckets::Collector::new(cut, &weights, comm));
                 let sink: Arc<dyn GradientSink> = collector.clone();
                 let params = weights.params(layout, compute.device());
-                let (losses, details) = compute.gradients(&params, batch, scale, &sink);
+                let (losses, mut details) = compute.gradients(&params, batch, scale, &sink);
                 let (params, waited) = weights.finish()?;
                 state.params = params;
+                details.forward = details.forward.saturating_sub(waited);
                 Ok(Pass { losses, details, waited, collector: Collector::Host(collector) })
             }
             Place::Gpu(resident) => {
                 let collector = resident.collect(comm);
                 let sink: Arc<dyn GradientSink> = collector.clone();
-                let (losses, details) = compute.gradients(&resident.params(), batch, scale, &sink);
+                let (losses, mut details) = compute.gradients(&resident.params(), batch, scale, &sink);
                 let waited = resident.settle()?;
+                details.forward = details.forward.saturating_sub(waited);
                 Ok(Pass { losses, details, waited, collector: Collector::Gpu(collector) })
             }
         }
