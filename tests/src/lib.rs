@@ -15,8 +15,11 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use half::f16;
+use repa_trainer::checkpoint::{Array, Checkpoints};
+use repa_trainer::config::Config;
 use repa_trainer::data::draws::{Draws, Purpose};
 use repa_trainer::data::store::{EncoderSpec, Kind, Precision, Sample, Spread, StoreSpec, StoreWriter, View};
+use repa_trainer::flat::Flat;
 use repa_trainer::params::Layout;
 use repa_trainer::telemetry::record::{StepRecord, log_path, read_log};
 
@@ -256,6 +259,15 @@ pub fn random_weights(path: &Path, layout: &Layout, metadata: &[(&str, &str)]) {
 #[track_caller]
 pub fn run_in(folder: &Path, mut command: Command, deadline: Duration) -> Ended {
     Running::start(command.current_dir(folder)).wait(deadline).expect_code(0)
+}
+
+/// Weights, average and moments of a run's newest checkpoint.
+pub fn learned(run: &Path) -> Vec<Flat> {
+    let found = Checkpoints::at(&run.join("checkpoints")).latest().expect("readable");
+    let found = found.checkpoint.expect("a checkpoint");
+    let config: Config = serde_json::from_value(found.manifest().config.clone()).expect("a configuration");
+    let layout = config.sit().layout();
+    Array::ALL.into_iter().map(|array| found.read(&layout, array).expect("readable")).collect()
 }
 
 /// The steps that a run has logged.

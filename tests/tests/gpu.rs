@@ -6,10 +6,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use repa_tests::{Running, log, loss_difference, mpirun, small_model, small_store};
-use repa_trainer::checkpoint::{Array, Checkpoints};
-use repa_trainer::config::Config;
-use repa_trainer::flat::Flat;
+use repa_tests::{Running, learned, log, loss_difference, mpirun, small_model, small_store};
 
 const DEADLINE: Duration = Duration::from_secs(240);
 
@@ -22,15 +19,6 @@ fn train(ranks: usize, store: &Path, run: &Path, more: &[&str]) {
     arguments.extend(model.iter().chain(more).map(|&a| a.to_owned()));
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     Running::start(&mut mpirun(ranks, &arguments)).wait(DEADLINE).expect_code(0);
-}
-
-/// Weights, average and moments of a run's newest checkpoint.
-fn learned(run: &Path) -> Vec<Flat> {
-    let found = Checkpoints::at(&run.join("checkpoints")).latest().expect("readable");
-    let found = found.checkpoint.expect("a checkpoint");
-    let config: Config = serde_json::from_value(found.manifest().config.clone()).expect("a configuration");
-    let layout = config.sit().layout();
-    Array::ALL.into_iter().map(|array| found.read(&layout, array).expect("readable")).collect()
 }
 
 /// By how much arrays differ: the norm of the difference, of the norm.

@@ -315,8 +315,7 @@ fn many_buckets(comm: &Nccl) -> Result<(), DriverError> {
             let start = vector.start + (bucket * 7 * size_of::<f32>()) as CUdeviceptr;
             let values = DeviceValues { start, len: 7, kind: DeviceType::F32 };
             // SAFETY: as in `device`; the parts are apart.
-            unsafe { comm.all_reduce_device(values, Some(bucket), After::Stream(vector.stream)) }
-                .expect("the driver works")
+            unsafe { comm.all_reduce_device(values, Some(bucket), After::Nothing) }.expect("the driver works")
         })
         .collect();
     for pending in pending {

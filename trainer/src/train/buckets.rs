@@ -81,7 +81,7 @@ pub struct Collector {
 }
 
 struct Filling {
-    /// None before the first gradient, when weights may still come in their vectors.
+    /// Empty before the first gradient, while weights may still come in their vectors.
     buckets: Vec<Bucket>,
     /// Which parameters have a gradient already, from this part of the batch or an earlier one.
     written: Vec<bool>,

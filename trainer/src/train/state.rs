@@ -85,7 +85,8 @@ pub struct State {
     pub samples: u64,
     /// Steps that AdamW has made; its bias correction counts these.
     pub updates: u64,
-    /// Weights, all of them. This and the three averages below are empty where training on a GPU has them there.
+    /// Weights, all of them. Empty during a pass, which holds them; and this and the three arrays below where training on
+    /// a GPU has them there.
     pub params: Flat,
     /// What the next three hold.
     pub owned: Owned,

@@ -44,7 +44,7 @@ struct Gradient {
 pub(super) struct Summed {
     /// By bucket.
     pub(super) sums: Vec<Tensor<1>>,
-    /// Sums of squares of the rank's own gradients.
+    /// Sums of squares of the rank's own gradients, where there are others.
     pub(super) own_squares: Vec<Tensor<1>>,
 }
 
@@ -112,7 +112,9 @@ impl Collector {
             }
             let values = self.bucket(filling, number);
             let exchange = self.cut.exchange;
-            filling.own_squares.push(squared(values.clone()));
+            if self.comm.size() > 1 {
+                filling.own_squares.push(squared(values.clone()));
+            }
             let phases = if exchange.sharded { Phases::Reduce } else { Phases::ReduceAndGather };
             let how = Background { phases, wire: exchange.wire, bucket: number };
             filling.travelling[number] = Some(travel::start(values, how, &self.device, self.comm.as_ref()));

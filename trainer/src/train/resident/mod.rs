@@ -110,7 +110,8 @@ impl Resident {
         let count = summed.own_squares.len();
         let all = [summed.own_squares, squares].concat();
         let all = read(Tensor::cat(all, 0));
-        let (own, sums) = all.split_at(count);
+        // One rank alone has no others to tell its own from.
+        let (own, sums) = if count == 0 { (&all[..], &all[..]) } else { all.split_at(count) };
         let squared = sums.iter().map(|&square| f64::from(square)).sum();
         Ok((squared, own.iter().all(|square| square.is_finite())))
     }

@@ -20,20 +20,19 @@ pub(super) struct OverNccl {
 }
 
 impl OverNccl {
-    /// Starts it on the device after all that is in burn's queue. None for a tensor that is no plain vector in the
-    /// GPU's memory.
-    pub(super) fn start(values: Tensor<1>, how: Background, device: &Device, nccl: &Nccl) -> Option<Self> {
+    /// Starts it on the device after all that is in burn's queue. All ranks have to go this way or none, so what is no
+    /// plain vector in the GPU's memory, and a GPU that has failed, panic, which ends all ranks.
+    pub(super) fn start(values: Tensor<1>, how: Background, device: &Device, nccl: &Nccl) -> Self {
         let half = how.wire == Wire::Bf16 && how.phases.reduces();
         let values = if half { values.cast(DType::BF16) } else { values };
         let len = values.dims()[0];
-        let fusion = values.clone().try_into_primitive::<Cube>().ok()?;
+        let fusion = values.clone().try_into_primitive::<Cube>().expect("a tensor on the GPU");
         let client = fusion.client.clone();
         // All that the values follow from goes into CubeCL's stream here.
         let memory = client.resolve_tensor_float::<CubeBackend>(fusion);
-        if len > 1 && memory.meta.strides()[..] != [1] {
-            return None;
-        }
-        let resource = memory.client.get_resource::<Server>(memory.handle.clone()).ok()?;
+        assert!(len < 2 || memory.meta.strides()[..] == [1], "buckets are contiguous");
+        let resource = memory.client.get_resource::<Server>(memory.handle.clone());
+        let resource = resource.unwrap_or_else(|error| panic!("the GPU has failed: {error}"));
         let kind = if half { DeviceType::Bf16 } else { DeviceType::F32 };
         let on_device = DeviceValues { start: resource.resource().ptr, len, kind };
         let after = match nccl.marks_contexts() {
@@ -48,7 +47,7 @@ impl OverNccl {
         // has failed to be waited for ends the job. Nobody else uses it: buckets of gradients have memory of their own
         // (`Collector::bucket`), and those of weights are asked for only when they have arrived.
         let pending = unsafe { nccl.start_device(on_device, how.phases, Some(how.bucket), after) };
-        Some(Self { values, pending, _memory: memory })
+        Self { values, pending, _memory: memory }
     }
 
     /// Waits for the result.

@@ -30,8 +30,8 @@ pub(super) fn start(
         return Travelling::Here(values);
     }
     #[cfg(feature = "cuda")]
-    if let Some(started) = comm.nccl().and_then(|nccl| OverNccl::start(values.clone(), how, device, nccl)) {
-        return Travelling::Nccl(Box::new(started));
+    if let Some(nccl) = comm.nccl() {
+        return Travelling::Nccl(Box::new(OverNccl::start(values, how, device, nccl)));
     }
     Travelling::Host(comm.start_f32(read(values), how), device.clone())
 }
