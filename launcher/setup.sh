@@ -87,3 +87,18 @@ if [ -n "${1:-}" ] && ! cargo nextest --version >/dev/null 2>&1; then
     say "installing cargo-nextest"
     cargo install --locked -q cargo-nextest || fail "cargo install cargo-nextest failed"
 fi
+
+# Checkouts may share a target directory, and cargo tells by times alone what has changed: files of one that are older than
+# the last build, which was another's, would pass for built.
+if [ -n "${CARGO_TARGET_DIR:-}" ]; then
+    checkout=$(cd "$(dirname "$0")/.." && pwd -P)
+    last=$(cat "$CARGO_TARGET_DIR/checkout" 2>/dev/null || true)
+    if [ -d "$CARGO_TARGET_DIR/release" ] && [ "$last" != "$checkout" ]; then
+        say "$CARGO_TARGET_DIR was last used by ${last:-an unknown checkout}: building repa-dist's own crates anew"
+        cargo clean -q --release --manifest-path "$checkout/Cargo.toml" \
+            -p repa-comm -p repa-trainer -p repa-dist -p repa-tests ||
+            fail "cargo clean failed; remove $CARGO_TARGET_DIR, or set CARGO_TARGET_DIR to a folder of this checkout's own"
+    fi
+    mkdir -p "$CARGO_TARGET_DIR"
+    printf '%s\n' "$checkout" >"$CARGO_TARGET_DIR/checkout"
+fi
