@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use burn::tensor::{Int, Tensor, TensorData};
+use burn::tensor::{DType, Int, Tensor, TensorData};
 
 use super::inputs::Inputs;
 use crate::Device;
@@ -55,6 +55,8 @@ pub struct Compute {
     coefficient: f64,
     global_batch: usize,
     micro_batch: usize,
+    /// Whether features go up as they are stored, half as many bytes, and are converted there.
+    takes_f16: bool,
 }
 
 impl Compute {
@@ -69,6 +71,7 @@ impl Compute {
             coefficient: config.alignment.coefficient,
             global_batch: config.train.global_batch,
             micro_batch: config.train.micro_batch,
+            takes_f16: !config.device.is_cpu() && device.supports_dtype(DType::F16),
         }
     }
 
@@ -178,13 +181,16 @@ impl Compute {
             .zip(&batch.features)
             .map(|(encoder, values)| {
                 let each = encoder.tokens * encoder.dim;
-                let part: Vec<f32> =
-                    values[samples.start * each..samples.end * each].iter().map(|v| v.to_f32()).collect();
+                let part = &values[samples.start * each..samples.end * each];
                 let shape = [samples.len(), encoder.tokens, encoder.dim];
-                resample_tokens(
-                    Tensor::from_data(TensorData::new(part, shape), &self.device),
-                    self.sit.tokens(),
-                )
+                let features = if self.takes_f16 {
+                    let data = TensorData::new(part.to_vec(), shape);
+                    Tensor::<3>::from_data(data, (&self.device, DType::F16)).cast(DType::F32)
+                } else {
+                    let part: Vec<f32> = part.iter().map(|v| v.to_f32()).collect();
+                    Tensor::from_data(TensorData::new(part, shape), &self.device)
+                };
+                resample_tokens(features, self.sit.tokens())
             })
             .collect()
     }
