@@ -68,9 +68,10 @@ dashboards-check: build
 check-cuda: setup
 	$(CARGO) clippy --release --locked -p repa-dist --features cuda -- -D warnings
 
-# The GPU's code where there is no NVIDIA GPU: another build (15 minutes the first time on 2 cores), in which the golden
-# cases and small runs take whatever Vulkan finds.
-GPU_TESTS = -p repa-dist -p repa-tests -p repa-trainer --features repa-dist/wgpu,repa-tests/wgpu
+# The GPU's code where there is no GPU: another build (20 minutes the first time on 2 cores), in which the golden cases and
+# small runs take whatever Vulkan finds, and small runs also CUDA, for whose libraries tests/stand_in stands in.
+GPU_FEATURES = repa-dist/wgpu,repa-tests/wgpu,repa-dist/cuda-untuned,repa-tests/cuda
+GPU_TESTS = -p repa-dist -p repa-tests -p repa-trainer --features $(GPU_FEATURES)
 check-gpu: export CARGO_TARGET_DIR := $(CARGO_TARGET_DIR)/wgpu
 # Built to be run once: a third of the size.
 check-gpu: export CARGO_PROFILE_RELEASE_DEBUG = 0

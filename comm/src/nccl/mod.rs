@@ -33,8 +33,8 @@
 //! # What has been tested
 //! Never on a GPU so far: none was at hand, so no figure of speed and no word on how NCCL itself behaves (its kernels, the
 //! end by ncclCommAbort, sharing a GPU). Against the real libnccl (2.32), by hand: that it is found and loaded, with all functions
-//! that are used. On a driver and an NCCL that are only pretended (`tests/conformance/stand_in.c`): everything else, with
-//! the suite that all communicators pass. On a host with a GPU that suite runs on it, too.
+//! that are used. On a driver and an NCCL that are only pretended (`tests/stand_in`): everything else, with the suite that
+//! all communicators pass, and under the trainer, on burn's own memory. On a host with a GPU that suite runs on it, too.
 
 mod device;
 mod driver;

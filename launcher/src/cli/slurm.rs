@@ -80,7 +80,7 @@ pub struct Arguments {
 
 pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     let job = arguments.job()?;
-    if job.gpus > 0 && arguments.program.is_none() && cfg!(not(feature = "cuda")) {
+    if job.gpus > 0 && arguments.program.is_none() && cfg!(not(feature = "cuda-untuned")) {
         eprintln!(
             "warning: this repa-dist is built without GPU support and the job would end with an error: build it with \
              --features cuda, or name another one by --program"

@@ -100,7 +100,7 @@ fn headers(needed: bool, toolkit: Option<&Path>) -> Line {
     }
 }
 
-#[cfg(feature = "cuda")]
+#[cfg(feature = "cuda-untuned")]
 fn nccl(subject: &Subject) -> Line {
     let available = repa_comm::nccl::available();
     judge_nccl(
@@ -111,7 +111,7 @@ fn nccl(subject: &Subject) -> Line {
 }
 
 /// Where a library that this process has loaded lies.
-#[cfg(feature = "cuda")]
+#[cfg(feature = "cuda-untuned")]
 fn loaded_from(name: &str) -> Option<String> {
     let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
     let path =
@@ -119,7 +119,7 @@ fn loaded_from(name: &str) -> Option<String> {
     Some(path.to_owned())
 }
 
-#[cfg(not(feature = "cuda"))]
+#[cfg(not(feature = "cuda-untuned"))]
 fn nccl(subject: &Subject) -> Line {
     judge_nccl(subject, Err("this build has no CUDA".into()), None)
 }

@@ -50,7 +50,7 @@ enum Host {
 pub fn lines(subject: &Subject) -> Vec<Line> {
     let host = look();
     let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
-    let built = cfg!(feature = "cuda");
+    let built = cfg!(feature = "cuda-untuned");
     let mut lines = judge(&host, subject, built, visible.as_deref());
     match &host {
         // What kernels need is of interest only where they can run.

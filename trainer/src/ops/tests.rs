@@ -1,6 +1,6 @@
 //! Every fused operation against its composite: results and gradients, on odd sizes and on views.
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Device, FloatDType, Tensor, TensorData};
 
 use super::*;
 
@@ -333,6 +333,68 @@ fn formulas_are_the_gradients_of_the_composites() {
     same(found, run(leaves, |qkv, _, _| composite::attention_qkv(qkv, 3)), 1e-5);
 }
 
+/// A tensor in half precision, and the same numbers in float32.
+fn rounded<const D: usize>(seed: u64, shape: [usize; D], scale: f32, dtype: FloatDType) -> [Tensor<D>; 2] {
+    let half = leaf(seed, shape, scale).inner().cast(dtype);
+    [half.clone(), half.cast(FloatDType::F32)]
+}
+
+/// A result in the type that it has to have, as float32.
+#[track_caller]
+fn typed<const D: usize>(x: Tensor<D>, dtype: DType) -> Vec<f32> {
+    assert_eq!(x.dtype(), dtype);
+    host(x.cast(FloatDType::F32))
+}
+
+/// With `train.precision = "bf16"` (or f16), GPUs take the formulas in it.
+#[test]
+fn formulas_in_half_precision_follow_float32() {
+    for (half, tolerance) in [(FloatDType::BF16, 0.02), (FloatDType::F16, 0.0025)] {
+        let near = |[found, expected]: [Vec<Vec<f32>>; 2], what: &str| {
+            for (part, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                let square = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>();
+                let error = square(&mut found.iter().zip(expected).map(|(a, b)| a - b));
+                let error = (error / square(&mut expected.iter().copied())).sqrt();
+                assert!(error < tolerance, "{half:?} {what}, part {part}: off by {error}");
+                assert_ne!(found, expected, "{half:?} {what}, part {part}: not in half precision");
+            }
+        };
+
+        let (x, g) = (rounded(1, [2000], 6.0, half), rounded(2, [2000], 1.0, half));
+        let both = [0, 1].map(|i| {
+            let (x, g) = (x[i].clone(), g[i].clone());
+            let dtype = x.dtype();
+            let results =
+                [formulas::gelu_tanh(x.clone()), formulas::gelu_tanh_backward(x.clone(), g.clone())];
+            let more = [formulas::swish(x.clone()), formulas::swish_backward(x, g)];
+            results.into_iter().chain(more).map(|y| typed(y, dtype)).collect()
+        });
+        near(both, "gelu and swish");
+
+        let (x, g) = (rounded(1, [17, 70], 3.0, half), rounded(2, [17, 70], 1.0, half));
+        let both = [0, 1].map(|i| {
+            let (x, g) = (x[i].clone(), g[i].clone());
+            let dtype = x.dtype();
+            vec![
+                typed(formulas::normalise(x.clone(), 1e-6), dtype),
+                typed(formulas::normalise_backward(x, g, 1e-6), dtype),
+            ]
+        });
+        near(both, "normalisation");
+
+        let qkv = rounded(5, [2, 17, 3 * 24], 2.0, half);
+        let g = rounded(6, [2, 17, 24], 1.0, half);
+        let both = [0, 1].map(|i| {
+            let (qkv, g) = (qkv[i].clone(), g[i].clone());
+            let dtype = qkv.dtype();
+            let (y, probabilities) = formulas::packed_attention(qkv.clone(), 3);
+            let by_qkv = formulas::packed_attention_backward(qkv, probabilities.clone(), g);
+            vec![typed(y, dtype), typed(probabilities, dtype), typed(by_qkv, dtype)]
+        });
+        near(both, "attention");
+    }
+}
+
 #[test]
 fn inputs_that_need_no_gradient_are_left_alone() {
     let device = device().autodiff();
@@ -351,7 +413,7 @@ fn inputs_that_need_no_gradient_are_left_alone() {
 #[test]
 fn half_precision_takes_the_composite() {
     let x = Tensor::<3>::from_data(TensorData::new(values(1, 48, 1.0), [2, 3, 8]), &Device::flex());
-    for dtype in [burn::tensor::FloatDType::F16, burn::tensor::FloatDType::BF16] {
+    for dtype in [FloatDType::F16, FloatDType::BF16] {
         let half = x.clone().cast(dtype);
         assert_eq!(gelu_tanh(half.clone()).dtype(), half.dtype());
         assert_eq!(layer_norm(half.clone(), 1e-6).dtype(), half.dtype());
