@@ -2,7 +2,7 @@
 # Installs what building and running repa-dist needs on Debian or Ubuntu: OpenMPI, libclang (for the
 # MPI bindings), a C compiler, and Rust by rustup where cargo is missing. Does nothing where all is
 # there. `setup.sh test` adds cargo-nextest, which runs the tests, and as root SLURM, for tests of it; `setup.sh gpu`
-# adds cargo-nextest and Vulkan, with Mesa's driver that plays a GPU on the CPU.
+# adds cargo-nextest, g++ and Vulkan, with Mesa's driver that plays a GPU on the CPU.
 set -eu
 
 say() { printf 'setup: %s\n' "$*"; }
@@ -28,6 +28,8 @@ if [ "${1:-}" = test ] && ! command -v prometheus-pushgateway >/dev/null 2>&1; t
 if [ "${1:-}" = gpu ]; then
     ldconfig -p 2>/dev/null | grep -q 'libvulkan\.so\.1' || need libvulkan1
     ls /usr/share/vulkan/icd.d/*.json >/dev/null 2>&1 || need mesa-vulkan-drivers
+    # Kernels for the stand-in of tests/stand_in.
+    command -v g++ >/dev/null 2>&1 || need g++
 fi
 
 if [ -n "$packages" ]; then
