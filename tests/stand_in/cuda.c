@@ -31,7 +31,7 @@ static void report(void) {
     FILE *file = fopen(path, "w");
     if (!file) return;
 #define TELL(name) fprintf(file, #name " %llu\n", (unsigned long long)counts.name)
-    TELL(allocated); TELL(peak); TELL(kernels); TELL(launches); TELL(collectives); TELL(reduced); TELL(gathered);
+    TELL(allocated); TELL(peak); TELL(kernels); TELL(tensor_kernels); TELL(launches); TELL(collectives); TELL(reduced); TELL(gathered);
     TELL(uploaded); TELL(downloaded);
     fclose(file);
 }

@@ -159,7 +159,7 @@ int cuModuleLoadData(struct kernel **out, const char *image) {
         kernel->waits = *(const int *)dlsym(library, "stand_in_waits");
     }
     if (getenv("STAND_IN_TRACE")) fprintf(stderr, "kernel %.*s\n", 60, strstr(image, ".visible .entry") + 16);
-    LOCKED(counts.kernels++; *out = kernel);
+    LOCKED(counts.kernels++; if (strstr(image, "mma.")) counts.tensor_kernels++; *out = kernel);
 }
 int cuModuleUnload(struct kernel *kernel) { return kernel ? 0 : INVALID; }
 int cuModuleGetFunction(struct kernel **function, struct kernel *module, const char *name) {

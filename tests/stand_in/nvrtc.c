@@ -39,7 +39,7 @@ static char *contents(const char *path) {
     return text;
 }
 
-/* The name of the function that is a kernel: what is before the last parenthesis that opens ahead of the body. */
+/* The name of the function that is a kernel: the word after its attributes. */
 static int kernel_name(const char *source, char name[256]) {
     const char *at = strstr(source, "__global__");
     if (!at) return 0;

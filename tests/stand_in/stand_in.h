@@ -8,7 +8,7 @@
  * kernels for the host need 75. STAND_IN_KERNELS: a folder for compiled kernels. STAND_IN_FAILURE: the number of the
  * collective that fails. STAND_IN_REPORT: a file that gets what there was when the process ends, a line "name number"
  * each; %d in its name is the process's rank. STAND_IN_EMPTY: new memory is zero and takes none of the host's until it is
- * written. */
+ * written. STAND_IN_TRACE: kernels are named as they are loaded, and their sources for the host kept. */
 #include <stdint.h>
 #include <stdlib.h>
 #include <time.h>
@@ -43,8 +43,8 @@ struct launch {
     void **parameters, *memory;
 };
 
-/* What the report tells. */
-struct counts { uint64_t allocated, peak, kernels, launches, collectives, reduced, gathered, uploaded, downloaded; };
+/* What the report tells; tensor_kernels are those of NVIDIA's compiler that use tensor cores. */
+struct counts { uint64_t allocated, peak, kernels, tensor_kernels, launches, collectives, reduced, gathered, uploaded, downloaded; };
 extern struct counts counts;
 
 /* Everything is done under the lock. */

@@ -46,10 +46,8 @@ inline unsigned __activemask() { return 0xffffffffu; }
 
 template <typename T> T of_lane(T value, unsigned lane) {
     static_assert(sizeof(T) <= 16, "a value is too large");
-    const unsigned own = stand_in_here.lane;
     stand_in_exchange(&value, sizeof value);
     const void *seen = stand_in_seen(lane);
-    (void)own;
     if (seen) std::memcpy(&value, seen, sizeof value);
     return value;
 }
