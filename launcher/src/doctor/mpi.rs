@@ -63,7 +63,27 @@ pub fn of_job(comm: &dyn Communicator, probe: &Probe) -> Vec<Line> {
         true => Line::ok(RANKS, found),
         false => Line::error(RANKS, format!("{found}: the sum is wrong"), WRONG_SUM),
     };
-    vec![library(Some(probe), None, None), ranks]
+    let mut lines = vec![library(Some(probe), None, None), ranks];
+    if comm.topology().nodes > 1 && Launcher::detect() == Launcher::Pmix {
+        lines.extend(fence_of(|name| std::env::var(name).ok()));
+    }
+    lines
+}
+
+/// Steps of SLURM on several nodes start with a barrier that is none: where a step has fewer nodes than slurm.conf's
+/// `TreeWidth`, each node of PMIx's fence `tree` (the one without data, unless told otherwise) takes itself for the root
+/// and waits for nobody (SLURM 22.05, `reverse_tree_info`). A rank then sends to another that is still in `MPI_Init`,
+/// and OpenMPI crashes there. The fence `ring` waits.
+fn fence_of(environment: impl Fn(&str) -> Option<String>) -> Option<Line> {
+    environment("SLURM_STEP_ID")?;
+    if environment("SLURM_PMIX_FENCE").as_deref() == Some("ring") {
+        return None;
+    }
+    Some(Line::warning(
+        "fence",
+        "SLURM_PMIX_FENCE is not ring: with SLURM 22.05 ranks may start before others listen, which crash then",
+        "export SLURM_PMIX_FENCE=ring before srun (`repa-dist slurm` does), or PMIxCollFence=ring in SLURM's mpi.conf",
+    ))
 }
 
 /// For a rank whose communicator did not start.
@@ -300,6 +320,23 @@ mod tests {
             nodes: 1,
             sum_seconds: 0.002,
             is_right,
+        }
+    }
+
+    #[test]
+    fn a_step_of_slurm_has_to_have_a_fence_that_waits() {
+        let of = |fence: &'static str, step: bool| {
+            fence_of(move |name| match name {
+                "SLURM_STEP_ID" => step.then(|| "0".to_owned()),
+                "SLURM_PMIX_FENCE" => (!fence.is_empty()).then(|| fence.to_owned()),
+                _ => None,
+            })
+        };
+        assert!(of("ring", true).is_none() && of("", false).is_none());
+        for other in ["", "tree", "mixed"] {
+            let line = of(other, true).expect("a line");
+            assert_eq!(line.state, State::Warning, "{line:?}");
+            assert!(line.fix.expect("advice").contains("export SLURM_PMIX_FENCE=ring"));
         }
     }
 

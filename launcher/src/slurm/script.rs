@@ -153,6 +153,7 @@ fn environment(job: &Job) -> String {
     }
     if job.launch == Launch::Srun {
         line(true, "PMIX_MCA_gds=hash", "PMIx's other store (ds21) crashes now and then at the start");
+        line(true, "SLURM_PMIX_FENCE=ring", "SLURM's tree lets ranks begin before the others listen");
     }
     line(
         named,

@@ -87,9 +87,9 @@ impl Cluster {
         }
     }
 
-    /// Waits until a job has done some steps, and holds its ranks there.
+    /// Waits until a job has done some steps, holds its ranks there, and gives their process numbers.
     #[track_caller]
-    pub fn hold(&self, run: &str, id: &str) {
+    pub fn hold(&self, run: &str, id: &str) -> Vec<u32> {
         let folder = self.run(run);
         self.until("it trains", run, id, || {
             fs::read_to_string(folder.join("metrics.jsonl")).is_ok_and(|text| text.lines().count() > 3)
@@ -98,6 +98,7 @@ impl Cluster {
         assert_eq!(ranks.len(), 3, "{}", self.said(run, id));
         send("STOP", &ranks);
         assert!(log(&folder).len() < STEPS, "the run was over before it could be held");
+        ranks
     }
 
     /// Waits until SIGUSR1 has come to all ranks, and lets them go on.

@@ -23,7 +23,15 @@ fn a_time_limit_costs_nothing() {
         (form, id)
     });
     for (form, id) in &jobs {
-        cluster.hold(form, id);
+        let ranks = cluster.hold(form, id);
+        if *form == "srun" {
+            let environment = fs::read(format!("/proc/{}/environ", ranks[0])).expect("a rank's environment");
+            let fence = b"SLURM_PMIX_FENCE=ring";
+            assert!(
+                environment.split(|&byte| byte == 0).any(|line| line == fence),
+                "ranks may start too early"
+            );
+        }
         // SLURM looks at time limits every 30 s.
         let minutes = 2 + elapsed_minutes(&cluster.slurm.field(id, "RunTime"));
         let limit = format!("TimeLimit={minutes}");
@@ -96,11 +104,14 @@ fn doctor_knows(cluster: &Cluster) {
         for part in parts {
             assert_eq!(said.matches(part).count(), 1, "{part:?} in\n{said}");
         }
+        said
     };
     says(&[], 0, &["partitions low (3 nodes, 3 idle), high (3 nodes, 3 idle)", "srun --mpi=pmix (srun has"]);
     let ranks =
         ["3 ranks on 3 hosts, started by a PMIx launcher", "on 3 nodes (n[1-3]), 3 tasks", "time left"];
-    says(&["srun", "--mpi=pmix", "-N3", "-n3", "--time=5"], 0, &ranks);
+    // Without the fence that waits, which `doctor` would name, ranks may crash here.
+    let srun = ["srun", "--mpi=pmix", "-N3", "-n3", "--time=5", "--export=ALL,SLURM_PMIX_FENCE=ring"];
+    assert!(!says(&srun, 0, &ranks).contains("SLURM_PMIX_FENCE"));
     let alone = ["error    ranks", "job ", "srun started 3 tasks that cannot find each other (no PMIx)"];
     says(&["srun", "--mpi=none", "-N3", "-n3"], 4, &alone);
     // OpenMPI does not speak it.
