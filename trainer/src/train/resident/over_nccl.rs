@@ -2,9 +2,11 @@
 
 use burn::backend::Cube;
 use burn::tensor::{DType, Tensor};
+use burn_cubecl::CubeBackend;
 use burn_cubecl::cubecl::cuda::CudaRuntime;
-use burn_cubecl::{CubeBackend, tensor::CubeTensor};
 use cubecl_runtime::runtime::Runtime;
+use cubecl_runtime::server::ServerStorage;
+use cubecl_runtime::storage::{ComputeStorage, ManagedResource};
 use repa_comm::nccl::{After, DevicePending, DeviceType, DeviceValues};
 use repa_comm::{Background, CommError, Nccl, Wire};
 
@@ -15,8 +17,9 @@ pub(super) struct OverNccl {
     /// What the result will be in.
     values: Tensor<1>,
     pending: Result<DevicePending, CommError>,
-    /// Keeps the memory where it is.
-    _memory: CubeTensor,
+    /// Keeps the memory, and keeps it where it is: CubeCL moves what has a handle only to other pages when it needs room,
+    /// and knows nothing of NCCL's streams.
+    _memory: Resource,
 }
 
 impl OverNccl {
@@ -47,7 +50,7 @@ impl OverNccl {
         // has failed to be waited for ends the job. Nobody else uses it: buckets of gradients have memory of their own
         // (`Collector::bucket`), and those of weights are asked for only when they have arrived.
         let pending = unsafe { nccl.start_device(on_device, how.phases, Some(how.bucket), after) };
-        Self { values, pending, _memory: memory }
+        Self { values, pending, _memory: resource }
     }
 
     /// Waits for the result.
@@ -61,3 +64,4 @@ impl OverNccl {
 }
 
 type Server = <CudaRuntime as Runtime>::Server;
+type Resource = ManagedResource<<<Server as ServerStorage>::Storage as ComputeStorage>::Resource>;
