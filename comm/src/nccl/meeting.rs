@@ -4,7 +4,7 @@ use super::library::Version;
 use crate::Topology;
 
 /// Several ranks of a communicator on one GPU came with this version, behind [`VARIABLE`].
-const SHARING: Version = Version(23000);
+pub(super) const SHARING: Version = Version(23000);
 
 /// Allows several ranks on one GPU.
 const VARIABLE: &str = "NCCL_MULTI_RANK_GPU_ENABLE";

@@ -73,6 +73,8 @@ pub struct Available {
     pub version: String,
     /// Number of GPUs that this process sees.
     pub gpus: usize,
+    /// Whether this NCCL can have several ranks on one GPU (with NCCL_MULTI_RANK_GPU_ENABLE=1).
+    pub shares_gpus: bool,
 }
 
 /// Whether this host has what NCCL needs. Touches no GPU.
@@ -81,10 +83,11 @@ pub struct Available {
 /// What is missing, and what to do.
 pub fn available() -> Result<Available, CommError> {
     let find = || {
-        let version = library::Library::find()?.version.to_string();
+        let version = library::Library::find()?.version;
+        let shares_gpus = version >= meeting::SHARING;
         match driver::devices()? {
             0 => Err("this process sees no GPU".to_owned()),
-            gpus => Ok(Available { version, gpus }),
+            gpus => Ok(Available { version: version.to_string(), gpus, shares_gpus }),
         }
     };
     find().map_err(|problem| CommError::Start(format!("NCCL cannot be used: {problem}")))

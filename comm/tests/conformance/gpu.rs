@@ -42,7 +42,7 @@ fn on_gpus() -> Vec<Trial> {
     for ranks in [1, 2] {
         let reason = match &found {
             Err(error) => Some(error.to_string()),
-            Ok(found) if found.gpus < ranks && older_than_2_30(&found.version) => {
+            Ok(found) if found.gpus < ranks && !found.shares_gpus => {
                 Some(format!("NCCL {} cannot have two ranks on one GPU", found.version))
             }
             Ok(_) => None,
@@ -63,11 +63,6 @@ fn on_gpus() -> Vec<Trial> {
         }
     }
     trials
-}
-
-fn older_than_2_30(version: &str) -> bool {
-    let mut parts = version.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
-    (parts.next(), parts.next()) < (Some(2), Some(30))
 }
 
 fn missed_deadline(job: Job) -> Result<(), Failed> {

@@ -40,6 +40,8 @@ pub(super) struct Resident {
     fixed: Arc<Vec<Option<Tensor<1>>>>,
     /// Each bucket's gradients once they are summed; only the rank's own part counts.
     sums: Vec<Tensor<1>>,
+    /// Whether the GPU has been given back what the first pass had taken on its way.
+    tidy: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -76,6 +78,7 @@ impl Resident {
             cut: cut.clone(),
             owned: state.owned.clone(),
             sums: Vec::new(),
+            tidy: false,
         }
     }
 
@@ -110,6 +113,12 @@ impl Resident {
         let count = summed.own_squares.len();
         let all = [summed.own_squares, squares].concat();
         let all = read(Tensor::cat(all, 0));
+        if !self.tidy {
+            // CubeCL's pages are as large as the largest tensor so far. Those that the first pass has outgrown are empty,
+            // and would be given back to the driver only when it has no more.
+            self.device.memory_cleanup();
+            self.tidy = true;
+        }
         // One rank alone has no others to tell its own from.
         let (own, sums) = if count == 0 { (&all[..], &all[..]) } else { all.split_at(count) };
         let squared = sums.iter().map(|&square| f64::from(square)).sum();
