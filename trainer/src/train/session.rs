@@ -3,6 +3,10 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+use burn_std::config::fusion::BeamSearchConfig;
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+use burn_std::config::{BurnConfig, RuntimeConfig};
 use metrics::{gauge, histogram};
 use repa_comm::board::Phase;
 use repa_comm::{Board, Communicator};
@@ -285,9 +289,25 @@ pub fn device(name: &str, local_rank: usize) -> Result<Device, TrainError> {
     cuda_device(name, index)
 }
 
+/// Has burn's fusion take operations in the program's order, unless a burn.toml says otherwise. By default it follows up to
+/// five unrelated chains at once, and where more of them meet (a block's weights are cast, and each is a chain), it gives
+/// up on what comes next: GELU's 19 operations on the widest tensors then ran one by one in some blocks.
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+fn fuse_in_order() {
+    let mut config = BurnConfig::from_current_dir().override_from_env();
+    if config.fusion().beam_search.max_blocks == BeamSearchConfig::default().max_blocks {
+        let mut changed = serde_json::to_value(&config).expect("a configuration is serialisable");
+        changed["fusion"]["beam_search"]["max_blocks"] = 1.into();
+        config = serde_json::from_value(changed).expect("the form that it was written in");
+    }
+    // The first device of the process sets it.
+    BurnConfig::try_set(config);
+}
+
 #[cfg(feature = "wgpu")]
 #[expect(clippy::unnecessary_wraps, reason = "a build without it has an error to tell")]
 fn wgpu_device() -> Result<Device, TrainError> {
+    fuse_in_order();
     Ok(Device::wgpu(burn::tensor::DeviceKind::DefaultDevice))
 }
 
@@ -303,6 +323,7 @@ fn cuda_device(name: &str, index: usize) -> Result<Device, TrainError> {
     // SAFETY: looking for the driver library runs its initialisers, as burn would; burn itself panics
     // where it is missing.
     if unsafe { cudarc::driver::sys::is_culib_present() } {
+        fuse_in_order();
         Ok(Device::cuda(index))
     } else {
         Err(ConfigError::value(

@@ -26,6 +26,10 @@ use crate::params::{Layout, Params};
 pub(super) use collector::Collector;
 use weights::Weights;
 
+/// Steps until a run has done all that it does: the update of weights comes after the first pass, and what was new to the
+/// fusion then is known to it.
+const UNTIDY: usize = 3;
+
 /// What a rank keeps on its GPU.
 #[derive(Debug)]
 pub(super) struct Resident {
@@ -40,8 +44,8 @@ pub(super) struct Resident {
     fixed: Arc<Vec<Option<Tensor<1>>>>,
     /// Each bucket's gradients once they are summed; only the rank's own part counts.
     sums: Vec<Tensor<1>>,
-    /// Whether the GPU has been given back what the first pass had taken on its way.
-    tidy: bool,
+    /// How many more steps give back to the GPU what they had taken on their way.
+    untidy: usize,
 }
 
 #[derive(Debug, Clone)]
@@ -78,7 +82,7 @@ impl Resident {
             cut: cut.clone(),
             owned: state.owned.clone(),
             sums: Vec::new(),
-            tidy: false,
+            untidy: UNTIDY,
         }
     }
 
@@ -113,11 +117,11 @@ impl Resident {
         let count = summed.own_squares.len();
         let all = [summed.own_squares, squares].concat();
         let all = read(Tensor::cat(all, 0));
-        if !self.tidy {
-            // CubeCL's pages are as large as the largest tensor so far. Those that the first pass has outgrown are empty,
-            // and would be given back to the driver only when it has no more.
+        if self.untidy > 0 {
+            // CubeCL's pages are as large as the largest tensor so far. Those that a pass has outgrown are empty, and
+            // would be given back to the driver only when it has no more.
             self.device.memory_cleanup();
-            self.tidy = true;
+            self.untidy -= 1;
         }
         // One rank alone has no others to tell its own from.
         let (own, sums) = if count == 0 { (&all[..], &all[..]) } else { all.split_at(count) };
