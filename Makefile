@@ -14,7 +14,7 @@ RANKS ?= 2
 # More ranks than cores is slow but works; OpenMPI wants to be told.
 MPIRUN = mpirun $(shell [ $$(nproc) -ge $(RANKS) ] || echo --oversubscribe) -n $(RANKS)
 
-.PHONY: help setup build run test soak bench bench-pytorch lint check-cuda check-gpu dashboards-check
+.PHONY: help setup build run test soak bench bench-pytorch lint check-cuda check-gpu check-nvidia dashboards-check
 
 help:
 	@echo "make run    set up, build, make the quickstart data, train it on $(RANKS) MPI ranks, sample"
@@ -69,7 +69,7 @@ check-cuda: setup
 	$(CARGO) clippy --release --locked -p repa-dist --features cuda -- -D warnings
 
 # The GPU's code where there is no GPU: another build (20 minutes the first time on 2 cores), in which the golden cases and
-# small runs take whatever Vulkan finds, and small runs also CUDA, for whose libraries tests/stand_in stands in.
+# small runs take whatever Vulkan finds, and CUDA, for whose libraries tests/stand_in stands in.
 GPU_FEATURES = repa-dist/wgpu,repa-tests/wgpu,repa-dist/cuda-untuned,repa-tests/cuda
 GPU_TESTS = -p repa-dist -p repa-tests -p repa-trainer --features $(GPU_FEATURES)
 check-gpu: export CARGO_TARGET_DIR := $(CARGO_TARGET_DIR)/wgpu
@@ -81,6 +81,13 @@ check-gpu:
 	$(CARGO) build --release --locked $(GPU_TESTS)
 	REPA_TEST_DEVICE=wgpu $(CARGO) nextest run --release --locked $(GPU_TESTS) --lib --test gpu --test golden \
 		-E 'binary(gpu) + binary(golden) + test(/^ops::tests/) + test(sit::tests::watched)'
+	REPA_TEST_DEVICE=cuda:0 REPA_TEST_GPU=stand-in $(CARGO) nextest run --release --locked $(GPU_TESTS) --test golden
+
+# The same on an NVIDIA GPU, and how long its steps take (20 minutes to build on 2 cores, then some ten). pack.sh says how to
+# carry it to a machine that cannot build.
+check-nvidia: setup
+	sh tests/nvidia/pack.sh $(CARGO_TARGET_DIR)/nvidia
+	bash $(CARGO_TARGET_DIR)/nvidia/check.sh
 
 lint: setup
 	$(CARGO) fmt --check

@@ -6,6 +6,7 @@ pub mod prometheus;
 pub mod python;
 pub mod s3;
 pub mod slurm;
+pub mod stand_in;
 
 use std::io::Read;
 use std::os::unix::process::CommandExt;

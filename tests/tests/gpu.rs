@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use repa_tests::stand_in::StandIn;
 use repa_tests::{Running, learned, log, loss_difference, mpirun, small_model, small_store};
 
 const DEADLINE: Duration = Duration::from_secs(400);
@@ -81,17 +82,8 @@ impl Place {
     }
 }
 
-/// The folder of all that has to do with the stand-in for CUDA: its libraries, and kernels for it.
-fn stand_in_folder() -> PathBuf {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("stand-in");
-    std::fs::create_dir_all(folder.join("kernels")).expect("a folder");
-    // Tests run side by side, and one of them builds.
-    let lock = std::fs::File::create(folder.join("lock")).expect("a file");
-    lock.lock().expect("a lock");
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("stand_in/build.sh");
-    let output = Command::new("sh").arg(script).arg(folder.join("libraries")).output().expect("sh");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    folder
+fn built() -> StandIn {
+    StandIn::build(env!("CARGO_TARGET_TMPDIR"))
 }
 
 /// Gives a command two GPUs of CUDA, and a report of theirs beside `run`. Only `device=cuda` sees them. Real ones are there,
@@ -103,15 +95,8 @@ fn stand_in(command: &mut Command, run: &Path) {
         command.envs(sharing);
         return;
     }
-    let folder = stand_in_folder();
-    let libraries = folder.join("libraries");
-    command
-        .env("LD_LIBRARY_PATH", format!("{}:{}", libraries.join("nvrtc").display(), libraries.display()))
-        .env("CUDA_PATH", &folder)
-        .env("STAND_IN_GPUS", "2")
-        .env("STAND_IN_CAPABILITY", "75")
-        .env("STAND_IN_KERNELS", folder.join("kernels"))
-        .env("STAND_IN_REPORT", format!("{}-%d", run.display()));
+    built().give(command);
+    command.env("STAND_IN_REPORT", format!("{}-%d", run.display()));
 }
 
 /// Ways in which several ranks learn what one does.
@@ -202,7 +187,7 @@ fn toolkit() -> Option<PathBuf> {
 /// Has the stand-in's kernels compiled for a Hopper GPU by the toolkit; they do nothing then.
 #[cfg(feature = "cuda")]
 fn compile_for_hopper(command: &mut Command, toolkit: &Path) {
-    let libraries = stand_in_folder().join("libraries");
+    let libraries = built().libraries();
     let path = format!("{}:{}", toolkit.join("lib").display(), libraries.display());
     command.env("LD_LIBRARY_PATH", path).env("CUDA_PATH", toolkit).env("STAND_IN_EMPTY", "1");
     command.env_remove("STAND_IN_CAPABILITY").env_remove("STAND_IN_KERNELS");

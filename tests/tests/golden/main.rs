@@ -1,5 +1,6 @@
 //! Runs every case of `REPA_GOLDEN_DIR` (default: the project's `tests/golden/`) and fails on a kind
-//! it does not know. What the kinds hold, and the tolerances, stand in that folder's README.
+//! it does not know. What the kinds hold, and the tolerances, stand in that folder's README. On a GPU with
+//! `REPA_TEST_DEVICE` (`case::device`), which is the stand-in's with `REPA_TEST_GPU=stand-in`.
 
 mod case;
 mod center_crop;
@@ -14,8 +15,11 @@ mod train;
 mod vae;
 
 use std::collections::BTreeMap;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 use case::Case;
+use repa_tests::stand_in::StandIn;
 
 /// One file per kind of case; each checks one case and returns what went wrong.
 type Check = fn(&Case) -> Result<(), String>;
@@ -34,7 +38,19 @@ fn checks() -> BTreeMap<&'static str, Check> {
     ])
 }
 
+/// Starts this program again with the stand-in for CUDA where `REPA_TEST_GPU=stand-in`: libraries are looked for where a
+/// process is told at its start.
+fn take_stand_in() {
+    let wanted = std::env::var_os("REPA_TEST_GPU").is_some_and(|name| name == "stand-in");
+    if wanted && std::env::var_os("STAND_IN_CAPABILITY").is_none() {
+        let mut again = Command::new(std::env::current_exe().expect("this program has a path"));
+        StandIn::build(env!("CARGO_TARGET_TMPDIR")).give(again.args(std::env::args_os().skip(1)));
+        panic!("{}", again.exec());
+    }
+}
+
 fn main() {
+    take_stand_in();
     let arguments = libtest_mimic::Arguments::from_args();
     let checks = checks();
     let tests = case::find_all()
