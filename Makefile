@@ -85,7 +85,7 @@ check-gpu:
 
 # The same on an NVIDIA GPU, and how long its steps take (20 minutes to build on 2 cores, then some ten). pack.sh says how to
 # carry it to a machine that cannot build.
-check-nvidia: setup
+check-nvidia:
 	sh tests/nvidia/pack.sh $(CARGO_TARGET_DIR)/nvidia
 	bash $(CARGO_TARGET_DIR)/nvidia/check.sh
 

@@ -14,6 +14,7 @@ cd "$root"
 
 # A build of its own, to be run once: without what debuggers want.
 export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$HOME/.cache/repa-dist/target}/cuda"
+sh launcher/setup.sh
 export CARGO_PROFILE_RELEASE_DEBUG=0 CARGO_PROFILE_RELEASE_STRIP=symbols CARGO_INCREMENTAL=0
 features="--features repa-dist/cuda,repa-tests/cuda,repa-comm/nccl"
 packages="-p repa-dist -p repa-tests -p repa-trainer -p repa-comm"
