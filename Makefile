@@ -83,11 +83,11 @@ check-gpu:
 		-E 'binary(gpu) + binary(golden) + test(/^ops::tests/) + test(sit::tests::watched)'
 	REPA_TEST_DEVICE=cuda:0 REPA_TEST_GPU=stand-in $(CARGO) nextest run --release --locked $(GPU_TESTS) --test golden
 
-# The same on an NVIDIA GPU, and how long its steps take (20 minutes to build on 2 cores, then some ten). pack.sh says how to
-# carry it to a machine that cannot build.
+# The same on an NVIDIA GPU, and how long its steps take (a build of its own). pack.sh says how to carry it to a machine
+# that cannot build.
 check-nvidia:
 	sh tests/nvidia/pack.sh $(CARGO_TARGET_DIR)/nvidia
-	bash $(CARGO_TARGET_DIR)/nvidia/check.sh
+	bash $(CARGO_TARGET_DIR)/nvidia/check.sh $(CARGO_TARGET_DIR)/nvidia-results
 
 lint: setup
 	$(CARGO) fmt --check

@@ -4,7 +4,7 @@
 
 The PyTorch side is SiT with REPA's loss, written from the papers (arXiv 2401.08740, 2410.06940) in the way of the
 reference: autocast, PyTorch's own attention, fused AdamW, clipping, and the average of the weights. Both sides have as
-many parameters, which is checked, and train on random data that is there already. Runs in the Python that it is
+many parameters, which is checked. Random data: PyTorch's is on the device, repa-dist's goes there with each step. Runs in the Python that it is
 started with where that has PyTorch (--device cuda needs one with CUDA), and else in the environment that data_loading.py
 makes. Exit codes: 0 measured, 2 could not measure.
 """

@@ -8,8 +8,23 @@
 # Writes a log for each part and summary.txt to OUT (by default ./nvidia). Exit code 1 where a part failed.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
+fail() { echo "check.sh: $*" >&2; exit 2; }
 total=3600
-if [ "${1:-}" = --seconds ]; then total=$2; shift 2; fi
+if [ "${1:-}" = --seconds ]; then
+    [[ "${2:-}" =~ ^[0-9]+$ ]] || fail "--seconds takes a number, not '${2:-}'"
+    total=$2
+    shift 2
+fi
+case ${1:-} in
+    -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -*) fail "there is no option '$1': check.sh --help" ;;
+esac
+gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+[ "$gpus" -gt 0 ] || fail "nvidia-smi shows no NVIDIA GPU here"
+parts=$(sed -n 's/^\(if .*then \)\{0,1\}\(part\|step\|beside_pytorch\) \([a-z0-9-]*\) .*/\3/p' "$0" | tr '\n' ' ')
+for part in "${@:2}"; do
+    case " $parts" in *" $part "*) ;; *) fail "there is no part '$part': $parts" ;; esac
+done
 out=${1:-nvidia}
 [ $# -eq 0 ] || shift
 wanted=" $* "
@@ -35,9 +50,12 @@ if [ -z "${REPA_NCCL_LIBRARY:-}" ] && ! ldconfig -p 2>/dev/null | grep -q libncc
     if [ -n "$found" ]; then export REPA_NCCL_LIBRARY="$found"; fi
 fi
 export REPA_TEST_GPU=nvidia REPA_TEST_DEVICE=cuda:0 REPA_GOLDEN_DIR="$here/golden"
-export NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_NVLS_ENABLE=0
+# Two ranks on one GPU.
+if [ "$gpus" -lt 2 ]; then export NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_NVLS_ENABLE=0 NCCL_MAX_CTAS=4; fi
 repa=$here/bin/repa-dist
-cd "$(mktemp -d)" || exit 2
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$work" || exit 2
 
 say() { echo "$*" | tee -a "$out/summary.txt"; }
 
@@ -58,15 +76,17 @@ part() {
     rm -f "$out/.memory"
     say "$name: exit code $code after $((SECONDS - before)) s, at most ${peak:-?} MiB of the GPU's memory in use"
     if [ "$code" != 0 ]; then failed=1; tail -n 15 "$out/$name.log" | sed 's/^/    /' | tee -a "$out/summary.txt"; fi
+    grep '^skipped' "$out/$name.log" | tee -a "$out/summary.txt"
     if [ "${name#step}" != "$name" ]; then tail -n 20 "$out/$name.log" | tee -a "$out/summary.txt"; fi
 }
 
 # A step of a paper's model on random data.
 step() {
-    local name=$1 ranks=$2 config=$3 batch=$4 precision=$5
+    local name=$1 ranks=$2 config=$3 batch=$4 precision=$5 device=cuda:0
     shift 5
+    if [ "$ranks" -le "$gpus" ]; then device=cuda; fi
     part "$name" 200 mpirun --oversubscribe --bind-to none -n "$ranks" "$repa" bench step --json --steps 20 \
-        --config "$here/configs/$config.toml" device=cuda:0 train.global_batch="$batch" train.precision="$precision" "$@"
+        --config "$here/configs/$config.toml" device="$device" train.global_batch="$batch" train.precision="$precision" "$@"
 }
 
 # The same on one rank, beside PyTorch's where python3 has it.
@@ -95,7 +115,6 @@ beside_pytorch step-s2-f32 sit-s2-repa 64 f32
 beside_pytorch step-xl2-bf16-compiled sit-xl2-repa 32 bf16 --compile
 step step-s2-two-ranks 2 sit-s2-repa 64 bf16
 step step-s2-two-ranks-zero1 2 sit-s2-repa 64 bf16 optimizer.sharding=zero1
-gpus=$(nvidia-smi -L 2>/dev/null | wc -l)
-part all-reduce 60 mpirun --oversubscribe --bind-to none -n "$((gpus > 0 ? gpus : 1))" "$repa" bench all-reduce --backend nccl --max-mib 128 --json
+part all-reduce 60 mpirun --oversubscribe --bind-to none -n "$gpus" "$repa" bench all-reduce --backend nccl --max-mib 128 --json
 say "in all: $((SECONDS - started)) s"
 exit "$failed"

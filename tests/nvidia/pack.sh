@@ -6,9 +6,18 @@
 # `make check-nvidia` does that and runs it on the spot. The folder can also be carried to a machine with a GPU that has
 # neither cargo nor a compiler: with --with-mpi (Debian, Ubuntu) neither OpenMPI. CUDA is needed there, not here.
 set -eu
+fail() { echo "pack.sh: $*" >&2; exit 2; }
 mpi=
-if [ "$1" = --with-mpi ]; then mpi=yes; shift; fi
-to=$1
+if [ "${1:-}" = --with-mpi ]; then mpi=yes; shift; fi
+case ${1:-} in
+    '' | -*) fail "name a folder: sh tests/nvidia/pack.sh [--with-mpi] FOLDER" ;;
+    /*) to=$1 ;;
+    *) to=$PWD/$1 ;;
+esac
+# It is made anew.
+if [ -e "$to" ] && [ ! -e "$to/check.sh" ]; then
+    [ -d "$to" ] && [ -z "$(ls -A "$to")" ] || fail "$to is there and is no earlier pack: name another folder"
+fi
 root=$(cd "$(dirname "$0")/../.." && pwd)
 cd "$root"
 
@@ -23,8 +32,8 @@ cargo build --release --locked -p repa-dist -p repa-tests $features
 list=$(mktemp)
 trap 'rm -f "$list"' EXIT
 # shellcheck disable=SC2086
-cargo test --release --locked --no-run $packages $features --lib --test gpu --test golden --test conformance 2>&1 |
-    tee "$list" | grep -v Executable
+cargo test --release --locked --no-run $packages $features --lib --test gpu --test golden --test conformance \
+    2>"$list" || { cat "$list" >&2; exit 1; }
 
 rm -rf "$to"
 mkdir -p "$to/bin"

@@ -107,7 +107,7 @@ pub fn device() -> Device {
 /// random sign average out over a sum: two orders of magnitude are allowed. The stand-in for CUDA (`tests/stand_in`)
 /// multiplies in float32.
 pub fn slack() -> f64 {
-    let stand_in = std::env::var_os("STAND_IN_CAPABILITY").is_some();
+    let stand_in = std::env::var_os("REPA_TEST_GPU").is_some_and(|name| name == "stand-in");
     match std::env::var("REPA_TEST_DEVICE") {
         Ok(name) if name.starts_with("cuda") && !stand_in => 100.0,
         _ => 1.0,

@@ -109,9 +109,11 @@ fn doctor_knows(cluster: &Cluster) {
     says(&[], 0, &["partitions low (3 nodes, 3 idle), high (3 nodes, 3 idle)", "srun --mpi=pmix (srun has"]);
     let ranks =
         ["3 ranks on 3 hosts, started by a PMIx launcher", "on 3 nodes (n[1-3]), 3 tasks", "time left"];
-    // Without the fence that waits, which `doctor` would name, ranks may crash here.
+    // Without the fence that waits ranks may crash, so where `doctor` shall miss it, srun has it and the ranks have not.
     let srun = ["srun", "--mpi=pmix", "-N3", "-n3", "--time=5", "--export=ALL,SLURM_PMIX_FENCE=ring"];
     assert!(!says(&srun, 0, &ranks).contains("SLURM_PMIX_FENCE"));
+    let unaware = [&srun[..], &["env", "-u", "SLURM_PMIX_FENCE"]].concat();
+    says(&unaware, 0, &["warning  fence"]);
     let alone = ["error    ranks", "job ", "srun started 3 tasks that cannot find each other (no PMIx)"];
     says(&["srun", "--mpi=none", "-N3", "-n3"], 4, &alone);
     // OpenMPI does not speak it.

@@ -4,8 +4,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
-use burn_std::config::fusion::BeamSearchConfig;
-#[cfg(any(feature = "cuda", feature = "wgpu"))]
 use burn_std::config::{BurnConfig, RuntimeConfig};
 use metrics::{gauge, histogram};
 use repa_comm::board::Phase;
@@ -289,19 +287,14 @@ pub fn device(name: &str, local_rank: usize) -> Result<Device, TrainError> {
     cuda_device(name, index)
 }
 
-/// Has burn's fusion take operations in the program's order, unless a burn.toml says otherwise. By default it follows up to
-/// five unrelated chains at once, and where more of them meet (a block's weights are cast, and each is a chain), it gives
-/// up on what comes next: GELU's 19 operations on the widest tensors then ran one by one in some blocks.
+/// Has burn's fusion take operations in the program's order. By default it follows up to five unrelated chains at once:
+/// more kernels, and in some blocks GELU's 19 operations on the widest tensors ran one by one (BENCHMARKS.md).
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 fn fuse_in_order() {
-    let mut config = BurnConfig::from_current_dir().override_from_env();
-    if config.fusion().beam_search.max_blocks == BeamSearchConfig::default().max_blocks {
-        let mut changed = serde_json::to_value(&config).expect("a configuration is serialisable");
-        changed["fusion"]["beam_search"]["max_blocks"] = 1.into();
-        config = serde_json::from_value(changed).expect("the form that it was written in");
-    }
+    let in_order = serde_json::json!({ "fusion": { "beam_search": { "max_blocks": 1 } } });
+    let config: BurnConfig = serde_json::from_value(in_order).expect("what else there is has defaults");
     // The first device of the process sets it.
-    BurnConfig::try_set(config);
+    BurnConfig::try_set(config.override_from_env());
 }
 
 #[cfg(feature = "wgpu")]

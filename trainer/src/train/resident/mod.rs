@@ -26,8 +26,8 @@ use crate::params::{Layout, Params};
 pub(super) use collector::Collector;
 use weights::Weights;
 
-/// Steps until a run has done all that it does: the update of weights comes after the first pass, and what was new to the
-/// fusion then is known to it.
+/// Steps after which a GPU's memory has stopped growing: of SiT-S/2 on the stand-in for CUDA, giving back after the first
+/// one alone left 1.29 times the estimate.
 const UNTIDY: usize = 3;
 
 /// What a rank keeps on its GPU.
