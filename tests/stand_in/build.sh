@@ -15,4 +15,6 @@ flags="-O2 -Wall -Wextra -shared -fPIC -pthread"
 # there for more of a driver than this.
 mpicc $flags "$from/cuda.c" "$from/nccl.c" "$from/kernels.c" -ldl -o "$to/libcuda.so"
 ln -sf libcuda.so "$to/libnccl.so.2"
-mpicc $flags -DINCLUDE="\"$from/include\"" -DLIBRARIES="\"$to\"" "$from/nvrtc.c" -o "$to/nvrtc/libnvrtc.so"
+# With headers of its own: the checkout that built this may be gone when kernels are compiled.
+cp -r "$from/include" "$to/include"
+mpicc $flags -DINCLUDE="\"$to/include\"" -DLIBRARIES="\"$to\"" "$from/nvrtc.c" -o "$to/nvrtc/libnvrtc.so"
