@@ -53,10 +53,12 @@ impl Block {
         let h = x.dims()[2];
         let c = linear(ops::silu(c), &self.condition);
         let part = |i: usize| c.clone().narrow(2, i * h, h);
-        let y =
-            ops::attention_qkv(linear(ops::modulate(x.clone(), part(0), part(1), 1e-6), &self.qkv), heads);
+        let y = ops::attention_qkv(
+            linear(ops::modulate(x.clone(), part(0), part(1), 1e-6, x.dtype()), &self.qkv),
+            heads,
+        );
         let x = ops::gated_add(x, linear(y, &self.out), part(2));
-        let y = ops::gelu_tanh(linear(ops::modulate(x.clone(), part(3), part(4), 1e-6), &self.up));
+        let y = ops::gelu_tanh(linear(ops::modulate(x.clone(), part(3), part(4), 1e-6, x.dtype()), &self.up));
         ops::gated_add(x, linear(y, &self.down), part(5))
     }
 

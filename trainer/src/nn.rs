@@ -22,10 +22,15 @@ impl Linear {
         Self { weight, bias }
     }
 
+    /// The weight's type.
+    pub fn dtype(&self) -> DType {
+        self.weight.dtype()
+    }
+
     /// [..., in] -> [..., out]. The input is cast to the weight's type, so that casting the weights
     /// alone makes a half-precision layer.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        crate::ops::linear(x.cast(self.weight.dtype()), self.weight.clone(), self.bias.clone())
+        crate::ops::linear(x.cast(self.dtype()), self.weight.clone(), self.bias.clone())
     }
 }
 

@@ -288,14 +288,19 @@ impl Params {
             .clone()
             .try_into()
             .unwrap_or_else(|shape| panic!("parameter {name} has shape {shape:?}, asked for rank {D}"));
-        let mut value = self.value(number);
-        if let Some(watch) = self.watch.as_ref().filter(|_| entry.trainable) {
-            let slot = GradientSlot { offset: entry.offset, sink: Arc::clone(&watch.sink) };
-            value = crate::ops::watch(value, watch.behind.as_ref(), slot);
-        }
-        match self.dtype {
+        let value = self.value(number);
+        let cast = |value: Tensor<1>| match self.dtype {
             Some(dtype) => value.cast(dtype),
             None => value,
+        };
+        match self.watch.as_ref().filter(|_| entry.trainable) {
+            Some(watch) => {
+                // What is cast is a leaf as well: who takes its gradient can convert it on the way to where it goes.
+                let leaf = Tensor::from_inner(cast(value.inner())).require_grad();
+                let slot = GradientSlot { offset: entry.offset, sink: Arc::clone(&watch.sink) };
+                crate::ops::watch(leaf, watch.behind.as_ref(), slot)
+            }
+            None => cast(value),
         }
         .reshape(shape)
     }

@@ -11,12 +11,12 @@
 //! | attention: q, k and v | 12 RH | 6 RH | 3 e RH |
 //! | attention: probabilities, and what led to them where it is no fused form | 4 RAT | (8 + 2) RAT | e RAT |
 //! | proj: its input | 4 RH | 2 RH | e RH |
-//! | gated_add: the branch, in float32 | 4 RH | 4 RH | 4 RH |
+//! | gated_add: the branch, on the CPU in float32 | 4 RH | 4 RH | e RH |
 //! | modulate: its input | 4 RH | 4 RH | 4 RH |
 //! | fc1: its input | 4 RH | 2 RH | e RH |
 //! | GELU: its input; where it is no fused form also tanh's input and 1 + tanh | 4 RM | 6 RM | e RM |
 //! | fc2: its input | 4 RM | 2 RM | e RM |
-//! | gated_add: the branch, in float32 | 4 RH | 4 RH | 4 RH |
+//! | gated_add: the branch, on the CPU in float32 | 4 RH | 4 RH | e RH |
 //!
 //! The probabilities are materialised, [samples, heads, T, T], by the fused attention too: its
 //! backward pass reads them. On the CPU fused operations take float32 tensors (`ops::fused`): modulate and
@@ -55,6 +55,8 @@ pub(super) struct Pass {
     fused: bool,
     /// Whether backward passes of one operation are made of several.
     composed: bool,
+    /// Whether it is a GPU, whose kernels read half precision beside float32.
+    gpu: bool,
 }
 
 impl Pass {
@@ -73,7 +75,8 @@ impl Pass {
             qk_norm: sit.qk_norm,
             element: element(precision),
             fused: !on_cpu || precision == Precision::F32,
-            composed: !on_cpu || precision != Precision::F32,
+            composed: on_cpu && precision != Precision::F32,
+            gpu: !on_cpu,
         }
     }
 
@@ -90,6 +93,11 @@ impl Pass {
     /// What a modulated normalisation keeps: its input.
     fn modulate(&self) -> u128 {
         self.stream()
+    }
+
+    /// What a gated addition keeps: the branch.
+    fn branch(&self) -> u128 {
+        if self.gpu { self.matrix(self.hidden) } else { self.stream() }
     }
 
     /// The attention's scores: the softmax's output; not fused, also its shifted input and its exponentials
@@ -116,7 +124,7 @@ impl Pass {
             + 3 * self.matrix(self.hidden)
             + self.qkv()
             + self.scores()
-            + 2 * self.stream()
+            + 2 * self.branch()
             + self.gelu()
             + self.matrix(self.mlp)
             + 6 * F32 * self.samples * self.hidden
@@ -200,7 +208,7 @@ impl Pass {
         // What several operations need beside their result.
         let spare = |bytes: u128| if self.composed { bytes } else { 0 };
         // gated_add, from the gradient of the stream.
-        walk.step(hidden + spare(stream), stream + spare(stream));
+        walk.step(hidden + spare(stream), self.branch() + spare(stream));
         // fc2, GELU and fc1.
         walk.step(mlp + weight(self.hidden, self.mlp), hidden + mlp);
         walk.step(spare(3 * mlp), self.gelu() + spare(3 * mlp));
@@ -208,12 +216,11 @@ impl Pass {
         // modulate, whose gradient is added to the stream's.
         walk.step(spare(2 * stream), hidden + self.modulate() + spare(2 * stream));
         // gated_add, proj, attention and qkv.
-        walk.step(hidden + spare(stream), stream + spare(stream));
+        walk.step(hidden + spare(stream), self.branch() + spare(stream));
         walk.step(hidden + square, 2 * hidden);
-        walk.step(
-            3 * hidden + spare(self.scores()),
-            hidden + self.qkv() + self.scores() + spare(self.scores()),
-        );
+        // The probabilities' gradient, and of a GPU that by the scores beside it.
+        let spare_scores = if self.gpu || self.composed { self.scores() } else { 0 };
+        walk.step(3 * hidden + spare_scores, hidden + self.qkv() + self.scores() + spare_scores);
         walk.step(hidden + 3 * square, 4 * hidden);
         walk.step(0, hidden + self.modulate());
         // The modulation's own map.

@@ -302,7 +302,7 @@ fn notes(config: &Config, on_cpu: bool, arrays: u64) -> Vec<String> {
     let mut notes = Vec::new();
     if !on_cpu {
         notes.push(
-            "not measured on a GPU; of a stand-in for CUDA, SiT-S/2 took 0.98 to 1.05 times this, the spare memory of \
+            "not measured on a GPU; of a stand-in for CUDA, SiT-S/2 took 1.01 to 1.05 times this, the spare memory of \
              CubeCL's pools included; CUDA's context and libraries come on top"
                 .to_owned(),
         );

@@ -30,9 +30,7 @@ impl<const PARTS: usize> Modulation<PARTS> {
 
     /// SiLU of the condition, [N, hidden] -> `PARTS` x [N, 1, hidden], float32.
     pub(super) fn forward(&self, activated: Tensor<2>) -> [Tensor<3>; PARTS] {
-        let all = self.linear.forward(activated).cast(DType::F32).unsqueeze_dim::<3>(1);
-        let hidden = all.dims()[2] / PARTS;
-        std::array::from_fn(|i| all.clone().narrow(2, i * hidden, hidden))
+        ops::parts(self.linear.forward(activated).cast(DType::F32).unsqueeze_dim(1))
     }
 }
 
@@ -123,10 +121,11 @@ impl Block {
     pub(super) fn forward(&self, x: Tensor<3>, activated: Tensor<2>) -> Tensor<3> {
         let [shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp] =
             self.modulation.forward(activated);
-        let h = self.attention.forward(ops::modulate(x.clone(), shift_msa, scale_msa, EPSILON));
-        let x = ops::gated_add(x, h.cast(DType::F32), gate_msa);
-        let h = self.fc1.forward(ops::modulate(x.clone(), shift_mlp, scale_mlp, EPSILON));
+        let dtype = self.fc1.dtype();
+        let h = self.attention.forward(ops::modulate(x.clone(), shift_msa, scale_msa, EPSILON, dtype));
+        let x = ops::gated_add(x, h, gate_msa);
+        let h = self.fc1.forward(ops::modulate(x.clone(), shift_mlp, scale_mlp, EPSILON, dtype));
         let h = self.fc2.forward(ops::gelu_tanh(h));
-        ops::gated_add(x, h.cast(DType::F32), gate_mlp)
+        ops::gated_add(x, h, gate_mlp)
     }
 }

@@ -49,7 +49,8 @@ impl FinalLayer {
     /// [N, T, hidden] -> [N, T, patch * patch * C], float32.
     fn forward(&self, x: Tensor<3>, activated: Tensor<2>) -> Tensor<3> {
         let [shift, scale] = self.modulation.forward(activated);
-        self.linear.forward(ops::modulate(x, shift, scale, EPSILON)).cast(DType::F32)
+        let x = ops::modulate(x, shift, scale, EPSILON, self.linear.dtype());
+        self.linear.forward(x).cast(DType::F32)
     }
 }
 

@@ -7,8 +7,9 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend};
+use burn::tensor::DType;
 
-use super::{MatrixGradients, MatrixOps, SitGradients, SitOps};
+use super::{ConvolutionGradients, ConvolutionOps, LinearGradients, LinearOps, SitGradients, SitOps};
 
 /// An operation of one input whose gradient follows from that input.
 macro_rules! unary {
@@ -146,19 +147,18 @@ impl<B: SitGradients> Backward<B, 3> for UnpackedAttention {
 }
 
 impl<B: SitGradients> Backward<B, 1> for PackedAttention {
-    type State = (NodeId, FloatTensor<B>);
+    type State = (Vec<FloatTensor<B>>, usize);
 
-    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
-        let qkv = checkpointer.retrieve_node_output(ops.state.0);
-        let probabilities = ops.state.1.clone();
-        unary_gradient::<B>(ops, grads, |grad| B::packed_attention_backward(qkv, probabilities, grad));
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let (saved, heads) = ops.state.clone();
+        unary_gradient::<B>(ops, grads, |grad| B::packed_attention_backward(saved, heads, grad));
     }
 }
 
 /// x and weight, each saved only where the other's gradient is wanted.
 type LinearState = (Option<NodeId>, Option<NodeId>);
 
-impl<B: MatrixGradients> Backward<B, 2> for Linear {
+impl<B: LinearGradients> Backward<B, 2> for Linear {
     type State = LinearState;
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
@@ -169,7 +169,7 @@ impl<B: MatrixGradients> Backward<B, 2> for Linear {
     }
 }
 
-impl<B: MatrixGradients> Backward<B, 3> for Linear {
+impl<B: LinearGradients> Backward<B, 3> for Linear {
     type State = LinearState;
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
@@ -183,7 +183,7 @@ impl<B: MatrixGradients> Backward<B, 3> for Linear {
     }
 }
 
-fn linear_gradients<B: MatrixGradients>(
+fn linear_gradients<B: LinearGradients>(
     [x_parent, weight_parent]: [Option<NodeId>; 2],
     (x, weight): LinearState,
     grad: FloatTensor<B>,
@@ -200,7 +200,7 @@ fn linear_gradients<B: MatrixGradients>(
     }
 }
 
-impl<B: MatrixGradients> Backward<B, 3> for Convolve {
+impl<B: ConvolutionGradients> Backward<B, 3> for Convolve {
     type State = LinearState;
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
@@ -239,18 +239,24 @@ impl<B: SitGradients, C: CheckpointStrategy> SitOps for Autodiff<B, C> {
         shift: FloatTensor<Self>,
         unit: f32,
         epsilon: f32,
+        dtype: DType,
     ) -> FloatTensor<Self> {
         let prep = Modulate.prepare::<C>([x.node(), gain.node(), shift.node()]).compute_bound().stateful();
         let shift = shift.into_primitive();
         match prep {
             OpsKind::Tracked(mut prep) => {
                 let state = (prep.checkpoint(&x), prep.checkpoint(&gain), unit, epsilon);
-                let y = B::modulate(x.into_primitive(), gain.into_primitive(), shift, unit, epsilon);
+                let y = B::modulate(x.into_primitive(), gain.into_primitive(), shift, unit, epsilon, dtype);
                 prep.finish(state, y)
             }
-            OpsKind::UnTracked(prep) => {
-                prep.finish(B::modulate(x.into_primitive(), gain.into_primitive(), shift, unit, epsilon))
-            }
+            OpsKind::UnTracked(prep) => prep.finish(B::modulate(
+                x.into_primitive(),
+                gain.into_primitive(),
+                shift,
+                unit,
+                epsilon,
+                dtype,
+            )),
         }
     }
 
@@ -290,17 +296,16 @@ impl<B: SitGradients, C: CheckpointStrategy> SitOps for Autodiff<B, C> {
 
     fn packed_attention(qkv: FloatTensor<Self>, heads: usize) -> FloatTensor<Self> {
         match PackedAttention.prepare::<C>([qkv.node()]).compute_bound().stateful() {
-            OpsKind::Tracked(mut prep) => {
-                let saved = prep.checkpoint(&qkv);
-                let [y, probabilities] = B::packed_attention_forward(qkv.into_primitive(), heads);
-                prep.finish((saved, probabilities), y)
+            OpsKind::Tracked(prep) => {
+                let (y, saved) = B::packed_attention_forward(qkv.into_primitive(), heads);
+                prep.finish((saved, heads), y)
             }
             OpsKind::UnTracked(prep) => prep.finish(B::packed_attention(qkv.into_primitive(), heads)),
         }
     }
 }
 
-impl<B: MatrixGradients, C: CheckpointStrategy> MatrixOps for Autodiff<B, C> {
+impl<B: LinearGradients, C: CheckpointStrategy> LinearOps for Autodiff<B, C> {
     fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
         let (x_tracked, weight_tracked) = (x.is_tracked(), weight.is_tracked());
         match Backward::<B, 2>::prepare::<C>(Linear, [x.node(), weight.node()]).compute_bound().stateful() {
@@ -332,7 +337,9 @@ impl<B: MatrixGradients, C: CheckpointStrategy> MatrixOps for Autodiff<B, C> {
             }
         }
     }
+}
 
+impl<B: ConvolutionGradients, C: CheckpointStrategy> ConvolutionOps for Autodiff<B, C> {
     fn convolve(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,

@@ -84,102 +84,124 @@ pub(super) fn normalise_backward(x: Tensor<2>, grad: Tensor<2>, epsilon: f32) ->
     narrow(denormalised(y, inverse, wide(grad)), dtype)
 }
 
-/// See [`super::SitOps::modulate`].
-pub(super) fn modulate(
-    x: Tensor<3>,
-    gain: Tensor<3>,
-    shift: Tensor<3>,
-    unit: f32,
-    epsilon: f32,
-) -> Tensor<3> {
-    let dtype = x.dtype();
-    let [y, _] = normalised(wide(x), epsilon);
-    narrow(y * (wide(gain) + unit) + wide(shift), dtype)
-}
+/// What attention is made of, by operations that any backend has. A device that has kernels for some has its own.
+pub(super) trait Pieces {
+    /// a b for a [B, m, k] and b [B, k, n].
+    fn product(a: Tensor<3>, b: Tensor<3>) -> Tensor<3> {
+        a.matmul(b)
+    }
 
-/// By x, gain and shift.
-pub(super) fn modulate_backward(
-    x: Tensor<3>,
-    gain: Tensor<3>,
-    grad: Tensor<3>,
-    unit: f32,
-    epsilon: f32,
-) -> [Tensor<3>; 3] {
-    let dtype = x.dtype();
-    let grad = wide(grad);
-    let [y, inverse] = normalised(wide(x), epsilon);
-    let by_gain = (grad.clone() * y.clone()).sum_dim(1);
-    let by_shift = grad.clone().sum_dim(1);
-    let by_x = denormalised(y, inverse, grad * (wide(gain) + unit));
-    [by_x, by_gain, by_shift].map(|gradient| narrow(gradient, dtype))
-}
+    /// softmax(scale scores) over the last dimension, in float32 and returned in the scores' type.
+    fn softmax(scores: Tensor<3>, scale: f64) -> Tensor<3> {
+        let dtype = scores.dtype();
+        narrow(softmax(wide(scores) * scale, 2), dtype)
+    }
 
-/// By y and gate, of [`super::gated_add`].
-pub(super) fn gated_add_backward(y: Tensor<3>, gate: Tensor<3>, grad: Tensor<3>) -> [Tensor<3>; 2] {
-    let dtype = y.dtype();
-    let grad = wide(grad);
-    let by_gate = (grad.clone() * wide(y)).sum_dim(1);
-    [grad * wide(gate), by_gate].map(|gradient| narrow(gradient, dtype))
+    /// Its gradient by the scores.
+    fn softmax_backward(probabilities: Tensor<3>, grad: Tensor<3>, scale: f64) -> Tensor<3> {
+        let dtype = grad.dtype();
+        let (p, grad) = (wide(probabilities), wide(grad));
+        let along = (grad.clone() * p.clone()).sum_dim(2);
+        narrow(p * (grad - along) * scale, dtype)
+    }
+
+    /// q, k and v, each [N * heads, T, D], of [N, T, 3 * heads * D].
+    fn unpack(qkv: Tensor<3>, heads: usize) -> [Tensor<3>; 3] {
+        let hidden = qkv.dims()[2] / 3;
+        std::array::from_fn(|i| Self::split(qkv.clone().narrow(2, i * hidden, hidden), heads))
+    }
+
+    /// The inverse of [`Pieces::unpack`].
+    fn pack(qkv: [Tensor<3>; 3], heads: usize) -> Tensor<3> {
+        Tensor::cat(qkv.map(|x| Self::merge(x, heads)).to_vec(), 2)
+    }
+
+    /// [N, T, heads * D] as [N * heads, T, D].
+    fn split(x: Tensor<3>, heads: usize) -> Tensor<3> {
+        let [n, t, width] = x.dims();
+        x.reshape([n, t, heads, width / heads]).swap_dims(1, 2).reshape([n * heads, t, width / heads])
+    }
+
+    /// The inverse of [`Pieces::split`].
+    fn merge(x: Tensor<3>, heads: usize) -> Tensor<3> {
+        let [batch, t, d] = x.dims();
+        x.reshape([batch / heads, heads, t, d]).swap_dims(1, 2).reshape([batch / heads, t, heads * d])
+    }
 }
 
 /// [`super::attention`] and its probabilities [N, heads, tokens of q, tokens of k].
-pub(super) fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>) -> [Tensor<4>; 2] {
-    let scores = wide((q.clone() * scale(&q)).matmul(k.swap_dims(2, 3)));
-    let probabilities = narrow(softmax(scores, 3), v.dtype());
-    [probabilities.clone().matmul(v), probabilities]
-}
-
-/// By q, k and v.
-pub(super) fn attention_backward(
-    [q, k, v]: [Tensor<4>; 3],
-    probabilities: Tensor<4>,
-    grad: Tensor<4>,
-) -> [Tensor<4>; 3] {
-    let (dtype, scale) = (q.dtype(), scale(&q));
-    let by_v = probabilities.clone().swap_dims(2, 3).matmul(grad.clone());
-    let by_probabilities = wide(grad.matmul(v.swap_dims(2, 3)));
-    let probabilities = wide(probabilities);
-    let along = (by_probabilities.clone() * probabilities.clone()).sum_dim(3);
-    let by_scores = narrow(probabilities * (by_probabilities - along) * scale, dtype);
-    let by_k = by_scores.clone().swap_dims(2, 3).matmul(q);
-    [by_scores.matmul(k), by_k, by_v]
-}
-
-fn scale(q: &Tensor<4>) -> f64 {
-    1.0 / (q.dims()[3] as f64).sqrt()
-}
-
-/// [`super::attention_qkv`] and its probabilities [N, heads, T, T].
-pub(super) fn packed_attention(qkv: Tensor<3>, heads: usize) -> (Tensor<3>, Tensor<4>) {
-    let [q, k, v] = unpacked(qkv, heads);
-    let [y, probabilities] = attention(q, k, v);
-    (joined(y), probabilities)
-}
-
-/// By qkv.
-pub(super) fn packed_attention_backward(
-    qkv: Tensor<3>,
-    probabilities: Tensor<4>,
-    grad: Tensor<3>,
-) -> Tensor<3> {
-    let [n, heads, t, _] = probabilities.dims();
-    let grad = grad.reshape([n, t, heads, qkv.dims()[2] / (3 * heads)]).swap_dims(1, 2);
-    let gradients = attention_backward(unpacked(qkv, heads), probabilities, grad).map(joined);
-    Tensor::cat(gradients.to_vec(), 2)
-}
-
-/// q, k and v, each [N, heads, T, head_dim], of [N, T, 3 * hidden].
-fn unpacked(qkv: Tensor<3>, heads: usize) -> [Tensor<4>; 3] {
-    let [n, t, width] = qkv.dims();
-    let hidden = width / 3;
-    let qkv = qkv.reshape([n, t, 3, heads, hidden / heads]);
-    std::array::from_fn(|i| {
-        qkv.clone().narrow(2, i, 1).reshape([n, t, heads, hidden / heads]).swap_dims(1, 2)
+pub(super) fn attention<P: Pieces>(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>) -> [Tensor<4>; 2] {
+    let [n, heads, queries, _] = q.dims();
+    let [q, k, v] = [q, k, v].map(folded);
+    let [y, probabilities] = of_heads::<P>(q, k, v);
+    [y, probabilities].map(|x| {
+        let width = x.dims()[2];
+        x.reshape([n, heads, queries, width])
     })
 }
 
-/// [N, heads, T, head_dim] as [N, T, heads * head_dim].
-fn joined(x: Tensor<4>) -> Tensor<3> {
+/// By q, k and v.
+pub(super) fn attention_backward<P: Pieces>(
+    qkv: [Tensor<4>; 3],
+    probabilities: Tensor<4>,
+    grad: Tensor<4>,
+) -> [Tensor<4>; 3] {
+    let shapes = qkv.each_ref().map(Tensor::dims);
+    let gradients = of_heads_backward::<P>(qkv.map(folded), folded(probabilities), folded(grad));
+    let mut shapes = shapes.into_iter();
+    gradients.map(|gradient| gradient.reshape(shapes.next().expect("three of each")))
+}
+
+/// [N, heads, T, D] as [N * heads, T, D], in that order in memory: copied once for all products that read it.
+fn folded(x: Tensor<4>) -> Tensor<3> {
     let [n, heads, t, d] = x.dims();
-    x.swap_dims(1, 2).reshape([n, t, heads * d])
+    x.reshape([n * heads, t, d])
+}
+
+/// How q and scores are scaled. In float16 before the product, whose sums could be too large for it.
+fn scales(q: &Tensor<3>) -> [f64; 2] {
+    let scale = 1.0 / (q.dims()[2] as f64).sqrt();
+    if q.dtype() == DType::F16 { [scale, 1.0] } else { [1.0, scale] }
+}
+
+fn scaled(q: Tensor<3>, scale: f64) -> Tensor<3> {
+    if scale == 1.0 { q } else { q * scale }
+}
+
+/// Attention of [N * heads, T, D], and its probabilities.
+fn of_heads<P: Pieces>(q: Tensor<3>, k: Tensor<3>, v: Tensor<3>) -> [Tensor<3>; 2] {
+    let [of_q, of_scores] = scales(&q);
+    let probabilities = P::softmax(P::product(scaled(q, of_q), k.swap_dims(1, 2)), of_scores);
+    [P::product(probabilities.clone(), v), probabilities]
+}
+
+/// By q, k and v.
+fn of_heads_backward<P: Pieces>(
+    [q, k, v]: [Tensor<3>; 3],
+    probabilities: Tensor<3>,
+    grad: Tensor<3>,
+) -> [Tensor<3>; 3] {
+    let scale = scales(&q).into_iter().product();
+    let by_v = P::product(probabilities.clone().swap_dims(1, 2), grad.clone());
+    let by_probabilities = P::product(grad, v.swap_dims(1, 2));
+    let by_scores = P::softmax_backward(probabilities, by_probabilities, scale);
+    let by_k = P::product(by_scores.clone().swap_dims(1, 2), q);
+    [P::product(by_scores, k), by_k, by_v]
+}
+
+/// [`super::attention_qkv`], and what its backward pass wants: q, k, v and the probabilities.
+pub(super) fn packed_attention<P: Pieces>(qkv: Tensor<3>, heads: usize) -> (Tensor<3>, [Tensor<3>; 4]) {
+    let [q, k, v] = P::unpack(qkv, heads);
+    let [y, probabilities] = of_heads::<P>(q.clone(), k.clone(), v.clone());
+    (P::merge(y, heads), [q, k, v, probabilities])
+}
+
+/// By qkv.
+pub(super) fn packed_attention_backward<P: Pieces>(
+    [q, k, v, probabilities]: [Tensor<3>; 4],
+    heads: usize,
+    grad: Tensor<3>,
+) -> Tensor<3> {
+    let gradients = of_heads_backward::<P>([q, k, v], probabilities, P::split(grad, heads));
+    P::pack(gradients, heads)
 }

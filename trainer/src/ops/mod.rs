@@ -12,16 +12,18 @@ pub mod composite;
 mod cube;
 mod flex;
 mod formulas;
+mod parts;
 mod watch;
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, DispatchDevice, backend_extension};
 use burn::tensor::{DType, Tensor};
 
+pub use parts::parts;
 pub use watch::{GradientSink, GradientSlot, after, watch};
 
-/// Fused forms of operations of this module, on primitives of one type and any strides. The function of the same
-/// name in `composite` is the definition.
+/// Fused forms of operations of this module, on primitives of any strides, and on the CPU of float32 alone. The function of
+/// the same name in `composite` is the definition.
 #[backend_extension(Autodiff, Flex, Cube: cfg(any(feature = "cuda", feature = "wgpu")))]
 pub trait SitOps: Backend {
     /// See [`gelu_tanh`].
@@ -33,13 +35,14 @@ pub trait SitOps: Backend {
     /// See [`layer_norm`].
     fn normalise(x: FloatTensor<Self>, epsilon: f32) -> FloatTensor<Self>;
 
-    /// normalise(x) * (unit + gain) + shift for x [N, T, H], gain and shift [N, 1, H].
+    /// normalise(x) * (unit + gain) + shift for x [N, T, H], gain and shift [N, 1, H], in the type `dtype`.
     fn modulate(
         x: FloatTensor<Self>,
         gain: FloatTensor<Self>,
         shift: FloatTensor<Self>,
         unit: f32,
         epsilon: f32,
+        dtype: DType,
     ) -> FloatTensor<Self>;
 
     /// See [`gated_add`].
@@ -56,15 +59,19 @@ pub trait SitOps: Backend {
     fn packed_attention(qkv: FloatTensor<Self>, heads: usize) -> FloatTensor<Self>;
 }
 
-/// As [`SitOps`], for matrix products and convolutions, which GPUs have good ones of already.
-#[backend_extension(Autodiff, Flex)]
-pub trait MatrixOps: Backend {
+/// As [`SitOps`], for linear layers.
+#[backend_extension(Autodiff, Flex, Cube: cfg(any(feature = "cuda", feature = "wgpu")))]
+pub trait LinearOps: Backend {
     /// x weight^T for x [rows, in], weight [out, in].
     fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
 
     /// x weight^T + bias for x [rows, in], weight [out, in], bias [out].
     fn affine(x: FloatTensor<Self>, weight: FloatTensor<Self>, bias: FloatTensor<Self>) -> FloatTensor<Self>;
+}
 
+/// As [`SitOps`], for convolutions, which GPUs have good ones of already.
+#[backend_extension(Autodiff, Flex)]
+pub trait ConvolutionOps: Backend {
     /// See [`conv2d`], for a 3x3 kernel, stride 1, padding 1: x [N, in, H, W], weight [out, in, 3, 3],
     /// bias [out].
     fn convolve(
@@ -116,55 +123,86 @@ pub trait SitGradients: SitOps {
         grad: FloatTensor<Self>,
     ) -> [FloatTensor<Self>; 3];
 
-    /// The attention and its probabilities [N, heads, T, T].
-    fn packed_attention_forward(qkv: FloatTensor<Self>, heads: usize) -> [FloatTensor<Self>; 2];
-
-    /// By qkv.
-    fn packed_attention_backward(
+    /// The attention, and what its backward pass wants of it.
+    fn packed_attention_forward(
         qkv: FloatTensor<Self>,
-        probabilities: FloatTensor<Self>,
+        heads: usize,
+    ) -> (FloatTensor<Self>, Vec<FloatTensor<Self>>);
+
+    /// By qkv, given what the forward pass has left.
+    fn packed_attention_backward(
+        saved: Vec<FloatTensor<Self>>,
+        heads: usize,
         grad: FloatTensor<Self>,
     ) -> FloatTensor<Self>;
 }
 
-/// What the backward passes need of a backend that has [`MatrixOps`].
-pub trait MatrixGradients: MatrixOps {
-    /// [`MatrixOps::project`]'s gradient by x: grad weight.
+/// What the backward passes need of a backend that has [`LinearOps`].
+pub trait LinearGradients: LinearOps {
+    /// [`LinearOps::project`]'s gradient by x: grad weight.
     fn project_backward_input(grad: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
 
-    /// [`MatrixOps::project`]'s gradient by the weight: grad^T x.
+    /// [`LinearOps::project`]'s gradient by the weight: grad^T x.
     fn project_backward_weight(grad: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self>;
 
     /// The sum over rows: [rows, out] -> [out].
     fn sum_rows(grad: FloatTensor<Self>) -> FloatTensor<Self>;
+}
 
-    /// [`MatrixOps::convolve`]'s gradient by x.
+/// What the backward passes need of a backend that has [`ConvolutionOps`].
+pub trait ConvolutionGradients: ConvolutionOps {
+    /// [`ConvolutionOps::convolve`]'s gradient by x.
     fn convolve_backward_input(grad: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
 
-    /// [`MatrixOps::convolve`]'s gradient by the weight.
+    /// [`ConvolutionOps::convolve`]'s gradient by the weight.
     fn convolve_backward_weight(grad: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self>;
 
     /// The sum over samples and pixels: [N, channels, H, W] -> [channels].
     fn sum_channels(grad: FloatTensor<Self>) -> FloatTensor<Self>;
 }
 
-/// Whether the fused forms of matrix products and convolutions take this tensor: float32 on the CPU.
-fn fused_matrix<const D: usize>(x: &Tensor<D>) -> bool {
+/// Whether the fused forms on the CPU take this tensor.
+fn fused_on_cpu<const D: usize>(x: &Tensor<D>) -> bool {
     x.dtype() == DType::F32 && matches!(x.device().inner().as_dispatch(), DispatchDevice::Flex(_))
 }
 
-/// Whether the fused forms of the other operations do: on a GPU, in half precision as well.
-fn fused<const D: usize>(x: &Tensor<D>) -> bool {
+/// Whether those on GPUs do, in half precision as well.
+fn fused_on_gpu<const D: usize>(x: &Tensor<D>) -> bool {
     match x.device().inner().as_dispatch() {
         #[cfg(any(feature = "cuda", feature = "wgpu"))]
         DispatchDevice::Cube(_) => matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16),
-        _ => fused_matrix(x),
+        _ => false,
     }
+}
+
+/// Whether one of them does.
+fn fused<const D: usize>(x: &Tensor<D>) -> bool {
+    fused_on_cpu(x) || fused_on_gpu(x)
 }
 
 /// Whether they take these together.
 fn fused_together<const A: usize, const B: usize>(x: &Tensor<A>, y: &Tensor<B>) -> bool {
     fused(x) && fused(y) && x.dtype() == y.dtype()
+}
+
+/// Vectors of any float types one after another, as float32 in memory of their own.
+pub fn joined(parts: Vec<Tensor<1>>) -> Tensor<1> {
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
+    if parts.iter().all(fused_on_gpu) {
+        return cube::joined(parts);
+    }
+    let parts: Vec<_> = parts.into_iter().map(|part| part.cast(DType::F32)).collect();
+    Tensor::cat(parts, 0)
+}
+
+/// Sums that together are the sum of a vector's squares, the same bits each time. (A GPU's own sum adds up what its cores
+/// have in whatever order they come.)
+pub fn squares(values: Tensor<1>) -> Tensor<1> {
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
+    if fused_on_gpu(&values) {
+        return cube::squares(values);
+    }
+    (values.clone() * values).sum()
 }
 
 /// tanh-approximated GELU: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
@@ -203,7 +241,7 @@ pub fn layer_norm_affine<const D: usize>(
         return composite::layer_norm_affine(x, weight, bias, epsilon);
     }
     let shape = x.dims();
-    let features = shape[D - 1];
+    let (features, dtype) = (shape[D - 1], x.dtype());
     let rows = shape[..D - 1].iter().product();
     let y = Dispatch::modulate(
         x.reshape([1, rows, features]).into_dispatch(),
@@ -211,34 +249,39 @@ pub fn layer_norm_affine<const D: usize>(
         bias.reshape([1, 1, features]).into_dispatch(),
         0.0,
         epsilon as f32,
+        dtype,
     );
     Tensor::<3>::from_dispatch(y).reshape(shape)
 }
 
 /// layer_norm(x) * (1 + scale) + shift: adaptive layer normalisation (DiT, arXiv 2212.09748), for x
-/// [N, T, H], shift and scale [N, 1, H].
-pub fn modulate(x: Tensor<3>, shift: Tensor<3>, scale: Tensor<3>, epsilon: f64) -> Tensor<3> {
+/// [N, T, H], shift and scale [N, 1, H], computed in their type and returned as `dtype`.
+pub fn modulate(x: Tensor<3>, shift: Tensor<3>, scale: Tensor<3>, epsilon: f64, dtype: DType) -> Tensor<3> {
     if !(fused_together(&x, &shift) && fused_together(&x, &scale)) {
-        return composite::modulate(x, shift, scale, epsilon);
+        return composite::modulate(x, shift, scale, epsilon).cast(dtype);
     }
     let [n, _, h] = x.dims();
     assert!(
         shift.dims() == [n, 1, h] && scale.dims() == [n, 1, h],
         "modulate: shift and scale are [N, 1, H]"
     );
+    let at_once = if fused_on_gpu(&x) { dtype } else { x.dtype() };
     let y = Dispatch::modulate(
         x.into_dispatch(),
         scale.into_dispatch(),
         shift.into_dispatch(),
         1.0,
         epsilon as f32,
+        at_once,
     );
-    Tensor::from_dispatch(y)
+    Tensor::<3>::from_dispatch(y).cast(dtype)
 }
 
-/// x + gate * y: the gated residual of a DiT block, for x and y [N, T, H], gate [N, 1, H].
+/// x + gate * y: the gated residual of a DiT block, for x and y [N, T, H], gate [N, 1, H], in the type of x and gate.
 pub fn gated_add(x: Tensor<3>, y: Tensor<3>, gate: Tensor<3>) -> Tensor<3> {
-    if !(fused_together(&x, &y) && fused_together(&x, &gate)) {
+    // GPUs read y as it is.
+    let y = if fused_on_gpu(&y) { y } else { y.cast(x.dtype()) };
+    if !(fused(&x) && fused(&y) && fused_together(&x, &gate)) {
         return composite::gated_add(x, y, gate);
     }
     let [n, t, h] = x.dims();
@@ -277,7 +320,7 @@ pub fn attention_qkv(qkv: Tensor<3>, heads: usize) -> Tensor<3> {
 
 /// x weight^T + bias over the last dimension; the weight is [out, in].
 pub fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<D> {
-    if !(fused_matrix(&x) && fused_matrix(&weight) && bias.as_ref().is_none_or(fused_matrix)) {
+    if !(fused_together(&x, &weight) && bias.as_ref().is_none_or(|bias| fused_together(&x, bias))) {
         return composite::linear(x, weight, bias);
     }
     let mut shape = x.dims();
@@ -303,7 +346,7 @@ pub fn conv2d(
 ) -> Tensor<4> {
     let [outputs, inputs, kernel @ ..] = weight.dims();
     let fits = kernel == [3, 3] && stride == 1 && padding == 1 && x.dims()[1] == inputs;
-    if !(fits && fused_matrix(&x) && fused_matrix(&weight) && bias.as_ref().is_none_or(fused_matrix)) {
+    if !(fits && fused_on_cpu(&x) && fused_on_cpu(&weight) && bias.as_ref().is_none_or(fused_on_cpu)) {
         return composite::conv2d(x, weight, bias, stride, padding);
     }
     let bias = bias.unwrap_or_else(|| Tensor::zeros([outputs], &x.device()));

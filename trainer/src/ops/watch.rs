@@ -6,9 +6,10 @@ use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
-use burn::tensor::Tensor;
+use burn::tensor::{DType, FloatDType, Tensor};
 
 use super::flex;
 
@@ -18,8 +19,8 @@ pub trait GradientSink: std::fmt::Debug + Send + Sync {
     /// pass; those of several passes are added.
     fn gradient(&self, offset: usize, values: &[f32]);
 
-    /// The same, of a backend whose tensors are not in the host's memory. Brings it there, unless the sink has a use
-    /// for it where it is.
+    /// The same, of a backend whose tensors are not in the host's memory, in the type that the parameter was used in.
+    /// Brings it there, unless the sink has a use for it where it is.
     fn tensor(&self, offset: usize, gradient: Tensor<1>) {
         let data = gradient.into_data().convert::<f32>();
         self.gradient(offset, data.as_slice::<f32>().expect("converted to f32 above"));
@@ -78,6 +79,10 @@ impl Watching for Flex {}
 
 impl Deliver for Flex {
     fn deliver(gradient: FloatTensor<Self>, slot: &GradientSlot) {
+        let gradient = match gradient.dtype() {
+            DType::F32 => gradient,
+            _ => Self::float_cast(gradient, FloatDType::F32),
+        };
         flex::show(gradient, |values| slot.sink.gradient(slot.offset, values));
     }
 }

@@ -9,7 +9,7 @@ use super::{
     Matrix, PIECE, ROWS, contiguous, convolution, dims, each, elementwise, norm, product, simd, tensor,
     update, values, vector,
 };
-use crate::ops::{MatrixGradients, SitGradients};
+use crate::ops::{ConvolutionGradients, LinearGradients, SitGradients};
 
 /// The gradient by x, in the place of the gradient by y where that is free.
 fn map_backward(
@@ -133,12 +133,17 @@ impl SitGradients for Flex {
             .map(|(values, tokens)| tensor(values, [samples, heads, tokens, head_dim]))
     }
 
-    fn packed_attention_forward(qkv: FlexTensor, heads: usize) -> [FlexTensor; 2] {
-        with_probabilities(packed_sizes(&qkv, heads), |p| packed(qkv, heads, p))
+    fn packed_attention_forward(qkv: FlexTensor, heads: usize) -> (FlexTensor, Vec<FlexTensor>) {
+        let sizes = packed_sizes(&qkv, heads);
+        let [y, probabilities] = with_probabilities(sizes, |p| packed(qkv.clone(), heads, p));
+        (y, vec![qkv, probabilities])
     }
 
-    fn packed_attention_backward(qkv: FlexTensor, probabilities: FlexTensor, grad: FlexTensor) -> FlexTensor {
-        let sizes = packed_sizes(&qkv, dims::<4>(&probabilities)[1]);
+    fn packed_attention_backward(saved: Vec<FlexTensor>, heads: usize, grad: FlexTensor) -> FlexTensor {
+        let Ok([qkv, probabilities]) = <[_; 2]>::try_from(saved) else {
+            unreachable!("two, by `packed_attention_forward`");
+        };
+        let sizes = packed_sizes(&qkv, heads);
         let Sizes { heads, queries: tokens, head_dim, .. } = sizes;
         let [qkv, grad] = [qkv, grad].map(contiguous);
         let parts = packed_heads(values(&qkv).as_ptr().cast_mut(), tokens, heads, head_dim);
@@ -154,7 +159,7 @@ impl SitGradients for Flex {
     }
 }
 
-impl MatrixGradients for Flex {
+impl LinearGradients for Flex {
     fn project_backward_input(grad: FlexTensor, weight: FlexTensor) -> FlexTensor {
         let ([rows, outputs], [_, inputs]) = (dims(&grad), dims::<2>(&weight));
         // SAFETY: the sizes are the tensors'.
@@ -178,7 +183,9 @@ impl MatrixGradients for Flex {
         each(jobs, grad.len(), |(grad, sums)| simd::run(elementwise::SumRows { grad, sums }));
         tensor(fold(&parts, 1, width), [width])
     }
+}
 
+impl ConvolutionGradients for Flex {
     fn convolve_backward_input(grad: FlexTensor, weight: FlexTensor) -> FlexTensor {
         let [outputs, inputs, ..] = dims::<4>(&weight);
         let [samples, _, height, width] = dims(&grad);

@@ -13,12 +13,12 @@ mod simd;
 
 use std::mem::MaybeUninit;
 
-use burn::tensor::{Shape, TensorData};
+use burn::tensor::{DType, Shape, TensorData};
 use burn_flex::{Flex, FlexTensor};
 use rayon::prelude::*;
 
 use self::heads::{packed, unpacked};
-use super::{MatrixOps, SitOps};
+use super::{ConvolutionOps, LinearOps, SitOps};
 
 /// Elements of an element-wise operation that make one piece.
 const PIECE: usize = 16 * 1024;
@@ -215,7 +215,15 @@ impl SitOps for Flex {
         unsafe { map(x, ROWS * width, |x, y| simd::run(norm::Normalise { x, y, width, epsilon })) }
     }
 
-    fn modulate(x: FlexTensor, gain: FlexTensor, shift: FlexTensor, unit: f32, epsilon: f32) -> FlexTensor {
+    fn modulate(
+        x: FlexTensor,
+        gain: FlexTensor,
+        shift: FlexTensor,
+        unit: f32,
+        epsilon: f32,
+        dtype: DType,
+    ) -> FlexTensor {
+        assert_eq!(dtype, DType::F32, "the CPU's kernels write float32");
         let [samples, tokens, width] = dims(&x);
         let [x, gain, shift] = [x, gain, shift].map(contiguous);
         let (source, gain, shift) = (values(&x), values(&gain), values(&shift));
@@ -269,7 +277,7 @@ impl SitOps for Flex {
     }
 }
 
-impl MatrixOps for Flex {
+impl LinearOps for Flex {
     fn project(x: FlexTensor, weight: FlexTensor) -> FlexTensor {
         let ([rows, inputs], [outputs, _]) = (dims(&x), dims::<2>(&weight));
         // SAFETY: the sizes are the tensors'.
@@ -287,7 +295,9 @@ impl MatrixOps for Flex {
             });
         })
     }
+}
 
+impl ConvolutionOps for Flex {
     fn convolve(x: FlexTensor, weight: FlexTensor, bias: FlexTensor) -> FlexTensor {
         let sizes = convolution_sizes(&x, &weight);
         let convolution::Sizes { samples, inputs, outputs, height, width } = sizes;

@@ -2,13 +2,13 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use repa_comm::{Background, CommError, Communicator, Phases};
 
+use super::slice;
 use super::travel::{self, Travelling};
-use super::{slice, squared};
 use crate::Device;
-use crate::ops::GradientSink;
+use crate::ops::{GradientSink, joined, squares};
 use crate::train::plan::Cut;
 
 /// Takes a step's gradients from the backward pass, and has each bucket summed over the ranks as soon as it is
@@ -44,7 +44,7 @@ struct Gradient {
 pub(super) struct Summed {
     /// By bucket.
     pub(super) sums: Vec<Tensor<1>>,
-    /// Sums of squares of the rank's own gradients, where there are others.
+    /// Sums of squares of the rank's own gradients in parts, where there are other ranks.
     pub(super) own_squares: Vec<Tensor<1>>,
 }
 
@@ -67,7 +67,7 @@ impl GradientSink for Collector {
         assert_eq!(*place, offset..offset + gradient.dims()[0], "a gradient of no parameter");
         let values = &mut filling.gradients[number].values;
         *values = Some(match values.take() {
-            Some(earlier) => earlier + gradient,
+            Some(earlier) => earlier.cast(DType::F32) + gradient.cast(DType::F32),
             None => gradient,
         });
         if filling.last_part {
@@ -113,7 +113,7 @@ impl Collector {
             let values = self.bucket(filling, number);
             let exchange = self.cut.exchange;
             if self.comm.size() > 1 {
-                filling.own_squares.push(squared(values.clone()));
+                filling.own_squares.push(squares(values.clone()));
             }
             let phases = if exchange.sharded { Phases::Reduce } else { Phases::ReduceAndGather };
             let how = Background { phases, wire: exchange.wire, bucket: number };
@@ -122,8 +122,8 @@ impl Collector {
         }
     }
 
-    /// A bucket's gradients, in memory of their own: sums are taken in place, and a gradient may share its memory with one
-    /// that the backward pass still needs. Parameters without one count as zeros.
+    /// A bucket's gradients in float32, in memory of their own: sums are taken in place, and a gradient may share its memory
+    /// with one that the backward pass still needs. Parameters without one count as zeros.
     fn bucket(&self, filling: &mut Filling, number: usize) -> Tensor<1> {
         let plan = &self.cut.plan;
         let bucket = &plan.ranges[number];
@@ -141,11 +141,7 @@ impl Collector {
                 gradient.values = None;
             }
         }
-        match parts.len() {
-            // A new vector, unless nobody else has this one's memory.
-            1 => parts.remove(0) * 1.0,
-            _ => Tensor::cat(parts, 0),
-        }
+        joined(parts)
     }
 
     /// Waits for all sums.

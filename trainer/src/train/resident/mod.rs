@@ -21,6 +21,7 @@ use super::{Owned, State};
 use crate::Device;
 use crate::checkpoint::Array;
 use crate::flat::Flat;
+use crate::ops::squares;
 use crate::optim::ema_update_on_device;
 use crate::params::{Layout, Params};
 pub(super) use collector::Collector;
@@ -112,9 +113,9 @@ impl Resident {
         let summed = collector.finish()?;
         self.sums = summed.sums;
         let parts = self.cut.parts().zip(&self.sums).filter(|((_, local), _)| !local.is_empty());
-        let squares = parts.map(|((_, local), sums)| squared(slice(sums.clone(), local))).collect();
+        let squares = parts.map(|((_, local), sums)| squares(slice(sums.clone(), local))).collect();
         // One vector, so that the host waits once.
-        let count = summed.own_squares.len();
+        let count = summed.own_squares.iter().map(|squares| squares.dims()[0]).sum();
         let all = [summed.own_squares, squares].concat();
         let all = read(Tensor::cat(all, 0));
         if self.untidy > 0 {
@@ -159,7 +160,7 @@ impl Resident {
 
     /// Euclidean norm of the weights.
     pub(super) fn parameter_norm(&self) -> f64 {
-        let squares = (0..self.own.len()).map(|number| squared(self.weights.get(number))).collect();
+        let squares = (0..self.own.len()).map(|number| squares(self.weights.get(number))).collect();
         read(Tensor::cat(squares, 0)).iter().map(|&square| f64::from(square)).sum::<f64>().sqrt()
     }
 
@@ -243,11 +244,6 @@ fn joined(mut parts: Vec<Tensor<1>>) -> Tensor<1> {
         1 => parts.remove(0),
         _ => Tensor::cat(parts, 0),
     }
-}
-
-/// The sum of squares, [1].
-fn squared(values: Tensor<1>) -> Tensor<1> {
-    (values.clone() * values).sum()
 }
 
 /// A vector's elements on the host. Waits for the device.

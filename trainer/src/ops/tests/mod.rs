@@ -4,6 +4,8 @@ use burn::tensor::{Device, FloatDType, Tensor, TensorData};
 
 use super::*;
 
+mod formulas;
+
 /// Reproducible values in [-scale, scale).
 fn values(seed: u64, len: usize, scale: f32) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
@@ -133,7 +135,7 @@ fn normalisations_match_their_composites() {
         let leaves = (&x, &leaf(2, [n, 2, h], 1.0), &leaf(3, [h, 1, n], 1.0));
         let rows = |x: Tensor<3>| x.narrow(1, 1, 1);
         same(
-            run(leaves, |x, a, b| modulate(x, rows(a), b.swap_dims(0, 2), 1e-6)),
+            run(leaves, |x, a, b| modulate(x, rows(a), b.swap_dims(0, 2), 1e-6, DType::F32)),
             run(leaves, |x, a, b| composite::modulate(x, rows(a), b.swap_dims(0, 2), 1e-6)),
             1e-5,
         );
@@ -145,10 +147,90 @@ fn normalisations_match_their_composites() {
             1e-5,
         );
         same(
-            run(leaves, |x, y, gate| modulate(y.swap_dims(0, 1), gate.clone(), gate, 1e-6) + x),
+            run(leaves, |x, y, gate| modulate(y.swap_dims(0, 1), gate.clone(), gate, 1e-6, DType::F32) + x),
             run(leaves, |x, y, gate| composite::modulate(y.swap_dims(0, 1), gate.clone(), gate, 1e-6) + x),
             1e-5,
         );
+    }
+}
+
+/// As in a step in half precision: the residual stream is float32, what goes into a matrix product and comes out is not.
+#[test]
+fn half_precision_beside_float32_rounds_only_where_it_has_to() {
+    for (half, tolerance) in [(FloatDType::BF16, 0.01), (FloatDType::F16, 0.002)] {
+        if !device().supports_dtype(half) {
+            println!("skipped: the device has no {half:?}");
+            continue;
+        }
+        let (x, gain, shift) =
+            (leaf(1, [3, 300, 72], 3.0), leaf(2, [3, 1, 72], 1.0), leaf(3, [3, 1, 72], 1.0));
+        let leaves = (&x, &gain, &shift);
+        let dtype = DType::from(half);
+        same(
+            run(leaves, |x, gain, shift| {
+                let y = modulate(x, shift, gain, 1e-6, dtype);
+                assert_eq!(y.dtype(), dtype);
+                y.cast(DType::F32)
+            }),
+            run(leaves, |x, gain, shift| composite::modulate(x, shift, gain, 1e-6)),
+            tolerance,
+        );
+        let leaves = (&x, &leaf(4, [3, 300, 72], 1.0), &gain);
+        let rounded = |y: Tensor<3>| y.cast(half);
+        same(
+            run(leaves, |x, y, gate| {
+                let y = gated_add(x, rounded(y), gate);
+                assert_eq!(y.dtype(), DType::F32);
+                y
+            }),
+            run(leaves, |x, y, gate| composite::gated_add(x, rounded(y).cast(DType::F32), gate)),
+            tolerance,
+        );
+    }
+}
+
+#[test]
+fn parts_have_the_gradients_of_narrow() {
+    let x = leaf(1, [3, 2, 12], 1.0);
+    let leaves = (&x, &leaf(2, [3, 2, 3], 1.0), &unused());
+    let used = |[a, b, _, d]: [Tensor<3>; 4], other: Tensor<3>| a.clone() * b + d * other + a;
+    same(
+        run(leaves, |x, other, _| used(parts(x), other)),
+        run(leaves, |x, other, _| used(std::array::from_fn(|i| x.clone().narrow(2, i * 3, 3)), other)),
+        0.0,
+    );
+    // What else follows from the tensor keeps its own gradient, and parts of what is not tracked are plain.
+    same(
+        run(leaves, |x, other, _| used(parts(x.clone()), other) + x.narrow(2, 0, 3)),
+        run(leaves, |x, other, _| {
+            used(std::array::from_fn(|i| x.clone().narrow(2, i * 3, 3)), other) + x.narrow(2, 0, 3)
+        }),
+        0.0,
+    );
+    let [first, _] = parts(x.clone().inner());
+    assert_eq!(host(first), host(x.inner().narrow(2, 0, 6)));
+}
+
+#[test]
+fn vectors_of_any_type_are_joined_in_memory_of_their_own() {
+    let plain = |seed, len| leaf(seed, [len], 3.0).inner();
+    for lens in [vec![1], vec![8, 16, 4], vec![3, 1, 2000, 5], vec![300_000, 7]] {
+        let mut vectors: Vec<Tensor<1>> = lens.iter().zip(1..).map(|(&len, seed)| plain(seed, len)).collect();
+        // Not all begin where their memory does.
+        vectors.push(plain(77, 50).narrow(0, 9, 30));
+        if device().supports_dtype(FloatDType::BF16) {
+            vectors.push(plain(78, 60).cast(FloatDType::BF16));
+        }
+        let expected: Vec<f32> = vectors.iter().flat_map(|v| host(v.clone().cast(DType::F32))).collect();
+        let whole = joined(vectors.clone());
+        assert_eq!(host(whole.clone()), expected);
+        let sum: f64 = expected.iter().map(|&x| f64::from(x).powi(2)).sum();
+        let found = || host(squares(whole.clone()));
+        let total: f64 = found().iter().map(|&x| f64::from(x)).sum();
+        assert!((total - sum).abs() < 1e-6 * sum, "{total}, not {sum}");
+        assert_eq!(found(), found(), "the same bits each time");
+        drop(whole * 0.0);
+        assert_eq!(host(vectors[0].clone()), expected[..lens[0]], "nobody else's memory");
     }
 }
 
@@ -269,136 +351,6 @@ fn convolution_matches_its_composite() {
     assert_eq!(conv2d(x, weight, None, 1, 0).dims(), [2, 4, 6, 6]);
 }
 
-/// A result and gradients by formulas, for the loss of [`run`].
-fn by_formulas<const N: usize, const D: usize>(
-    y: Tensor<D>,
-    gradients: impl Fn(Tensor<D>) -> [Vec<f32>; N],
-) -> [Vec<f32>; 4] {
-    let weights = TensorData::new(values(99, y.shape().num_elements(), 1.0), y.shape());
-    let mut found = gradients(Tensor::from_data(weights, &y.device())).into_iter();
-    [host(y), found.next().unwrap(), found.next().unwrap_or_default(), found.next().unwrap_or_default()]
-}
-
-/// What GPUs take for the gradients, on any device.
-#[test]
-fn formulas_are_the_gradients_of_the_composites() {
-    let x = leaf(1, [2000], 6.0);
-    let leaves = (&x, &unused(), &unused());
-    let plain = x.clone().inner();
-    let found = by_formulas(formulas::gelu_tanh(plain.clone()), |g| {
-        [host(formulas::gelu_tanh_backward(plain.clone(), g))]
-    });
-    same(found, run(leaves, |x, _, _| composite::gelu_tanh(x)), 1e-6);
-    let found =
-        by_formulas(formulas::swish(plain.clone()), |g| [host(formulas::swish_backward(plain.clone(), g))]);
-    same(found, run(leaves, |x, _, _| composite::silu(x)), 1e-6);
-
-    let x = leaf(1, [17, 70], 3.0);
-    let plain = x.clone().inner();
-    let found = by_formulas(formulas::normalise(plain.clone(), 1e-6), |g| {
-        [host(formulas::normalise_backward(plain.clone(), g, 1e-6))]
-    });
-    same(found, run((&x, &unused(), &unused()), |x, _, _| composite::layer_norm(x, 1e-6)), 1e-5);
-
-    let (x, gain, shift) = (leaf(1, [3, 10, 70], 3.0), leaf(2, [3, 1, 70], 1.0), leaf(3, [3, 1, 70], 1.0));
-    let plain = [&x, &gain, &shift].map(|x| x.clone().inner());
-    let [a, b, c] = plain.clone();
-    let found = by_formulas(formulas::modulate(a.clone(), b.clone(), c, 1.0, 1e-6), |g| {
-        formulas::modulate_backward(a.clone(), b.clone(), g, 1.0, 1e-6).map(host)
-    });
-    let expected = run((&x, &gain, &shift), |x, gain, shift| composite::modulate(x, shift, gain, 1e-6));
-    same(found, expected, 1e-5);
-
-    let y = leaf(4, [3, 10, 70], 1.0);
-    let found = by_formulas(composite::gated_add(a, y.clone().inner(), b.clone()), |g| {
-        let [by_y, by_gate] = formulas::gated_add_backward(y.clone().inner(), b.clone(), g.clone());
-        [host(g), host(by_y), host(by_gate)]
-    });
-    same(found, run((&x, &y, &gain), composite::gated_add), 1e-5);
-
-    let (q, k, v) = (leaf(1, [2, 3, 17, 8], 2.0), leaf(2, [2, 3, 33, 8], 2.0), leaf(3, [2, 3, 33, 8], 2.0));
-    let plain = [&q, &k, &v].map(|x| x.clone().inner());
-    let [a, b, c] = plain.clone();
-    let [y, probabilities] = formulas::attention(a, b, c);
-    let found =
-        by_formulas(y, |g| formulas::attention_backward(plain.clone(), probabilities.clone(), g).map(host));
-    same(found, run((&q, &k, &v), composite::attention), 1e-5);
-
-    let qkv = leaf(5, [2, 17, 3 * 24], 2.0);
-    let (y, probabilities) = formulas::packed_attention(qkv.clone().inner(), 3);
-    let found = by_formulas(y, |g| {
-        [host(formulas::packed_attention_backward(qkv.clone().inner(), probabilities.clone(), g))]
-    });
-    let leaves = (&qkv, &unused(), &unused());
-    same(found, run(leaves, |qkv, _, _| composite::attention_qkv(qkv, 3)), 1e-5);
-}
-
-/// A tensor in half precision, and the same numbers in float32.
-fn rounded<const D: usize>(seed: u64, shape: [usize; D], scale: f32, dtype: FloatDType) -> [Tensor<D>; 2] {
-    let half = leaf(seed, shape, scale).inner().cast(dtype);
-    [half.clone(), half.cast(FloatDType::F32)]
-}
-
-/// A result in the type that it has to have, as float32.
-#[track_caller]
-fn typed<const D: usize>(x: Tensor<D>, dtype: DType) -> Vec<f32> {
-    assert_eq!(x.dtype(), dtype);
-    host(x.cast(FloatDType::F32))
-}
-
-/// With `train.precision = "bf16"` (or f16), GPUs take the formulas in it.
-#[test]
-fn formulas_in_half_precision_follow_float32() {
-    for (half, tolerance) in [(FloatDType::BF16, 0.02), (FloatDType::F16, 0.0025)] {
-        if !device().supports_dtype(half) {
-            println!("skipped: the device has no {half:?}");
-            continue;
-        }
-        let near = |[found, expected]: [Vec<Vec<f32>>; 2], what: &str| {
-            for (part, (found, expected)) in found.iter().zip(&expected).enumerate() {
-                let square = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>();
-                let error = square(&mut found.iter().zip(expected).map(|(a, b)| a - b));
-                let error = (error / square(&mut expected.iter().copied())).sqrt();
-                assert!(error < tolerance, "{half:?} {what}, part {part}: off by {error}");
-                assert_ne!(found, expected, "{half:?} {what}, part {part}: not in half precision");
-            }
-        };
-
-        let (x, g) = (rounded(1, [2000], 6.0, half), rounded(2, [2000], 1.0, half));
-        let both = [0, 1].map(|i| {
-            let (x, g) = (x[i].clone(), g[i].clone());
-            let dtype = x.dtype();
-            let results =
-                [formulas::gelu_tanh(x.clone()), formulas::gelu_tanh_backward(x.clone(), g.clone())];
-            let more = [formulas::swish(x.clone()), formulas::swish_backward(x, g)];
-            results.into_iter().chain(more).map(|y| typed(y, dtype)).collect()
-        });
-        near(both, "gelu and swish");
-
-        let (x, g) = (rounded(1, [17, 70], 3.0, half), rounded(2, [17, 70], 1.0, half));
-        let both = [0, 1].map(|i| {
-            let (x, g) = (x[i].clone(), g[i].clone());
-            let dtype = x.dtype();
-            vec![
-                typed(formulas::normalise(x.clone(), 1e-6), dtype),
-                typed(formulas::normalise_backward(x, g, 1e-6), dtype),
-            ]
-        });
-        near(both, "normalisation");
-
-        let qkv = rounded(5, [2, 17, 3 * 24], 2.0, half);
-        let g = rounded(6, [2, 17, 24], 1.0, half);
-        let both = [0, 1].map(|i| {
-            let (qkv, g) = (qkv[i].clone(), g[i].clone());
-            let dtype = qkv.dtype();
-            let (y, probabilities) = formulas::packed_attention(qkv.clone(), 3);
-            let by_qkv = formulas::packed_attention_backward(qkv, probabilities.clone(), g);
-            vec![typed(y, dtype), typed(probabilities, dtype), typed(by_qkv, dtype)]
-        });
-        near(both, "attention");
-    }
-}
-
 #[test]
 fn inputs_that_need_no_gradient_are_left_alone() {
     let device = device().autodiff();
@@ -431,7 +383,7 @@ fn thread_count_does_not_change_the_bits() {
         let weight = leaf(2, [288, 96], 0.2);
         let shift = leaf(3, [3, 1, 96], 1.0);
         run((&x, &weight, &shift), |x, w, shift| {
-            let y = modulate(x.clone(), shift.clone(), shift.clone(), 1e-6);
+            let y = modulate(x.clone(), shift.clone(), shift.clone(), 1e-6, DType::F32);
             let y = attention_qkv(linear(y, w, None), 6);
             gated_add(x, gelu_tanh(y), shift)
         })
