@@ -43,7 +43,8 @@ pub struct Arguments {
     /// Restart when no step was made for this long
     #[arg(long, value_name = "S", default_value_t = 900.0)]
     hang_seconds: f64,
-    /// The same for the first step and for the end; by default twice --hang-seconds, and 600 at least
+    /// The same for the first step and for the end, and while all ranks save or draw sample images; by default twice
+    /// --hang-seconds, and 600 at least
     #[arg(long, value_name = "S")]
     start_seconds: Option<f64>,
     /// How long ranks may take to save when asked to stop

@@ -34,12 +34,23 @@ const TERMINATION: Duration = Duration::from_secs(3);
 pub struct Deadlines {
     /// From one step to the next.
     pub hang: Duration,
-    /// To the first step, and from the last one to the end.
+    /// To the first step, from the last one to the end, and of saves and sample images.
     pub start: Duration,
     /// From a request to stop to the end.
     pub grace: Duration,
     /// What a stop takes where nothing is known of it yet.
     pub usual_stop: Duration,
+}
+
+impl Deadlines {
+    /// How long nothing may happen, and the option that says so.
+    fn patience(&self, step_is_due: bool) -> (Duration, &'static str) {
+        match step_is_due {
+            true => (self.hang, "--hang-seconds"),
+            // Never less than steps get.
+            false => (self.start.max(self.hang), "--start-seconds"),
+        }
+    }
 }
 
 /// What an attempt needs.
@@ -276,13 +287,14 @@ impl<'a> Course<'a> {
         }
         let steps = watch.steps();
         let complete = steps.is_some_and(|(_, last)| last >= self.start.steps);
-        let limit = if steps.is_some() && !complete { deadlines.hang } else { deadlines.start };
+        let (limit, option) = deadlines.patience(steps.is_some() && !complete && !watch.between_steps());
         // Where the run folder is on another host's disk, rank 0's words are the only sign of life.
         let heard = heard.filter(|_| !watch.sees_log());
         let alive = [Some(watch.progressed()), Some(self.began), heard].into_iter().flatten().max()?;
         (alive.elapsed() > limit).then(|| Forced::Hung {
             seconds: alive.elapsed().as_secs_f64(),
             stepped: steps.is_some(),
+            option,
             stuck: watch.stuck(&self.here, &this_host()),
         })
     }

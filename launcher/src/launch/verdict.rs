@@ -79,6 +79,8 @@ pub enum Forced {
         seconds: f64,
         /// Whether there had been a step.
         stepped: bool,
+        /// The option that says how long it may be.
+        option: &'static str,
         /// Who may have caused it.
         stuck: Option<Stuck>,
     },
@@ -113,9 +115,8 @@ pub fn judge(
             );
             return verdict(Why::Ended, message);
         }
-        Some(Forced::Hung { seconds, stepped, stuck }) if errors.is_empty() => {
+        Some(Forced::Hung { seconds, stepped, option, stuck }) if errors.is_empty() => {
             let what = if *stepped { "no new step" } else { "no first step" };
-            let option = if *stepped { "--hang-seconds" } else { "--start-seconds" };
             let who = stuck.as_ref().map_or_else(String::new, |stuck| {
                 format!("; rank {} on {}: {}", stuck.rank, stuck.host, stuck.text)
             });

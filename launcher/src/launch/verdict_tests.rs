@@ -71,7 +71,7 @@ fn signals_are_told_with_their_rank() {
 #[test]
 fn what_launch_did_is_told() {
     let stuck = Stuck { rank: 3, host: "b".into(), text: "no answer".into() };
-    let forced = Forced::Hung { seconds: 30.2, stepped: true, stuck: Some(stuck) };
+    let forced = Forced::Hung { seconds: 30.2, stepped: true, option: "--hang-seconds", stuck: Some(stuck) };
     let found = judge(exit(1), Some(&forced), (&[], ""), &placement());
     assert_eq!((found.why, found.rank), (Why::Hung, Some(3)));
     assert_eq!(found.message, "no new step for 30 s (--hang-seconds); rank 3 on b: no answer");

@@ -193,6 +193,11 @@ impl Watch {
         Duration::from_secs_f64((5.0 + 3.0 * step + 2.0 * save).clamp(0.0, 1e9)).max(otherwise)
     }
 
+    /// Whether no step is due now: the ranks save, draw sample images or begin.
+    pub fn between_steps(&self) -> bool {
+        self.status.as_ref().is_some_and(|status| status.between_steps)
+    }
+
     /// Who keeps the others waiting, as far as can be told.
     pub fn stuck(&self, here: &[LocalRank], host: &str) -> Option<Stuck> {
         if let Some(stopped) = here.iter().find(|rank| rank.stopped) {

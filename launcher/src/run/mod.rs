@@ -256,7 +256,8 @@ mod tests {
     use super::*;
 
     fn status(state: &str, time: f64, step: u64) -> Status {
-        Status { time, state: state.into(), step, steps: 10, durable: None, ranks: Vec::new() }
+        let state = state.into();
+        Status { time, state, step, steps: 10, durable: None, between_steps: false, ranks: Vec::new() }
     }
 
     #[test]

@@ -184,6 +184,7 @@ mod tests {
             step: 301,
             steps: 500,
             durable: Some(250),
+            between_steps: false,
             ranks: Vec::new(),
         };
         let text = serde_json::to_string(&status).expect("text");

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use repa_comm::board::{Process, Progress, RankState, RankStatus};
+use repa_comm::board::{Phase, Process, Progress, RankState, RankStatus};
 use serde::{Deserialize, Serialize};
 
 /// Where a run says what its ranks do.
@@ -28,6 +28,9 @@ pub struct Status {
     /// The newest durable checkpoint.
     #[serde(default)]
     pub durable: Option<u64>,
+    /// Whether all ranks are at what takes as long as a disk or a large model takes: no step is due.
+    #[serde(default)]
+    pub between_steps: bool,
     /// All ranks, in their order.
     #[serde(default)]
     pub ranks: Vec<RankLine>,
@@ -72,6 +75,7 @@ impl Status {
             step: snapshot.iter().filter_map(|s| s.progress()?.step).max().unwrap_or(0),
             steps,
             durable,
+            between_steps: between_steps(snapshot),
             ranks: snapshot.iter().map(RankLine::new).collect(),
         }
     }
@@ -92,6 +96,12 @@ impl Status {
             tracing::debug!("cannot write {}: {error}", path.display());
         }
     }
+}
+
+/// Whether no rank that is known is in a step: saves, sample images and what comes before the first step.
+pub(super) fn between_steps(snapshot: &[RankStatus]) -> bool {
+    let mut known = snapshot.iter().filter_map(RankStatus::progress);
+    known.all(|p| matches!(p.phase, Phase::Saving | Phase::Sampling | Phase::Starting | Phase::Ended))
 }
 
 impl RankLine {

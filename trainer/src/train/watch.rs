@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 
 use metrics::gauge;
 use repa_comm::Board;
-use repa_comm::board::{Phase, Process, Progress, RankStatus, describe_late};
+use repa_comm::board::{Phase, Process, RankStatus, describe_late};
 
-use super::status::Status;
+use super::status::{Status, between_steps};
 use crate::exit::Kind;
 use crate::telemetry::events::{EventKind, Events};
 use crate::telemetry::names;
@@ -155,12 +155,8 @@ impl Patience {
     /// The time without a step, if that is too long. Saves, sample images and what comes before the first step do not
     /// count: they take as long as a disk, or a large model, takes.
     fn look(&mut self, snapshot: &[RankStatus], now: Instant) -> Option<Duration> {
-        let known: Vec<&Progress> = snapshot.iter().filter_map(RankStatus::progress).collect();
-        let step = known.iter().map(|p| p.step).min().flatten();
-        let excused = known
-            .iter()
-            .all(|p| matches!(p.phase, Phase::Saving | Phase::Sampling | Phase::Starting | Phase::Ended));
-        if step != self.step || step.is_none() || excused {
+        let step = snapshot.iter().filter_map(|status| Some(status.progress()?.step)).min().flatten();
+        if step != self.step || step.is_none() || between_steps(snapshot) {
             (self.step, self.since) = (step, now);
         }
         let waited = now.saturating_duration_since(self.since);
@@ -218,7 +214,7 @@ impl Stragglers {
 
 #[cfg(test)]
 mod tests {
-    use repa_comm::board::RankState;
+    use repa_comm::board::{Progress, RankState};
 
     use super::*;
 
@@ -236,6 +232,17 @@ mod tests {
             step_time: Some(Duration::from_millis(milliseconds)),
         });
         RankStatus { rank, host: format!("h{rank}"), state }
+    }
+
+    #[test]
+    fn what_is_between_steps_is_said_to_who_waits_for_them() {
+        let of = |phases: [Phase; 2]| {
+            let snapshot: Vec<_> =
+                phases.into_iter().enumerate().map(|(rank, phase)| status(rank, Some(5), phase, 1)).collect();
+            Status::new(&snapshot, "training", 10, None).between_steps
+        };
+        assert!(of([Phase::Sampling; 2]) && of([Phase::Saving, Phase::Ended]));
+        assert!(!of([Phase::Computing, Phase::Saving]) && !of([Phase::Communicating; 2]));
     }
 
     #[test]

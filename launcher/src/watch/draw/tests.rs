@@ -32,6 +32,7 @@ fn view(run: &Path, ranks: usize) -> View {
         step: 301,
         steps: 500,
         durable: Some(250),
+        between_steps: false,
         ranks: (0..ranks).map(|n| rank(n, if n == 2 { 0.4 } else { 0.2 })).collect(),
     };
     std::fs::write(run.join("status.json"), serde_json::to_string(&status).expect("text")).expect("written");
