@@ -143,6 +143,22 @@ void run_kernel(struct launch *launch) {
     free(launch);
 }
 
+/* Leaves PTX in STAND_IN_PTX, in a file of its kernel's name. */
+static void show(const char *image) {
+    static const char mark[] = ".visible .entry ";
+    const char *folder = getenv("STAND_IN_PTX"), *name = strstr(image, mark) + strlen(mark);
+    if (!folder) return;
+    char part[2048], whole[2048];
+    int len = strcspn(name, "(\n ");
+    snprintf(part, sizeof part, "%s/%.*s.%d", folder, len, name, getpid());
+    snprintf(whole, sizeof whole, "%s/%.*s.ptx", folder, len, name);
+    FILE *file = fopen(part, "w");
+    if (!file || fputs(image, file) < 0 || fclose(file) || rename(part, whole)) {
+        fprintf(stderr, "stand-in: no file %s\n", whole);
+        abort();
+    }
+}
+
 int cuModuleLoadData(struct kernel **out, const char *image) {
     static const char ours[] = "// stand-in: ";
     struct kernel *kernel = calloc(1, sizeof *kernel);
@@ -157,6 +173,8 @@ int cuModuleLoadData(struct kernel **out, const char *image) {
         kernel->entry = (void (*)(void **))dlsym(library, "stand_in_entry");
         kernel->sizes = ((const size_t *(*)(void))dlsym(library, "stand_in_sizes"))();
         kernel->waits = *(const int *)dlsym(library, "stand_in_waits");
+    } else {
+        show(image);
     }
     if (getenv("STAND_IN_TRACE")) fprintf(stderr, "kernel %.*s\n", 60, strstr(image, ".visible .entry") + 16);
     LOCKED(counts.kernels++; if (strstr(image, "mma.")) counts.tensor_kernels++; *out = kernel);

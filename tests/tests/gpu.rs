@@ -171,11 +171,16 @@ fn toolkit() -> Option<PathBuf> {
         println!("skipped: only the stand-in counts");
         return None;
     }
-    let versions = ["runtime==13.0.96", "crt==13.0.88", "cccl==13.0.85", "nvrtc==13.0.88"];
+    cuda_packages("nvrtc", &["runtime==13.0.96", "crt==13.0.88", "cccl==13.0.85", "nvrtc==13.0.88"])
+}
+
+/// Parts of NVIDIA's CUDA toolkit, in one folder.
+#[cfg(feature = "cuda")]
+fn cuda_packages(name: &str, versions: &[&str]) -> Option<PathBuf> {
     let mut packages = vec!["--no-deps".to_owned()];
-    packages.extend(versions.map(|version| format!("nvidia-cuda-{version}")));
+    packages.extend(versions.iter().map(|version| format!("nvidia-cuda-{version}")));
     let packages: Vec<&str> = packages.iter().map(String::as_str).collect();
-    match repa_tests::python::package("nvrtc", &packages) {
+    match repa_tests::python::package(name, &packages) {
         Ok(folder) => Some(folder.join("nvidia/cu13")),
         Err(reason) => {
             println!("skipped: {reason}");
@@ -193,13 +198,13 @@ fn compile_for_hopper(command: &mut Command, toolkit: &Path) {
     command.env_remove("STAND_IN_CAPABILITY").env_remove("STAND_IN_KERNELS");
 }
 
-/// All that training, its optimizer and its sample grids launch compiles for a Hopper GPU, by NVIDIA's own compiler; it
-/// does not run.
+/// All that training, its optimizer and its sample grids launch compiles for a Hopper GPU, by NVIDIA's own compiler and
+/// assembler; it does not run.
 #[cfg(feature = "cuda")]
 #[test]
 fn cuda_kernels_compile() {
     let Some(toolkit) = toolkit() else { return };
-    let place = Place::new();
+    let (place, ptx) = (Place::new(), tempfile::tempdir().expect("a folder"));
     let autoencoder = autoencoder();
     for (name, precision) in [("float32", "f32"), ("bfloat16", "bf16"), ("float16", "f16")] {
         let precision = format!("train.precision={precision}");
@@ -207,6 +212,7 @@ fn cuda_kernels_compile() {
         let mut command =
             place.command(2, name, &[&more[..], &grids("sample.training.every=3", &autoencoder)].concat());
         compile_for_hopper(&mut command, &toolkit);
+        command.env("STAND_IN_PTX", ptx.path());
         Running::start(&mut command).wait(DEADLINE).expect_code(0);
         for rank in 0..2 {
             let of = |what| counted(&place.run(name), rank, what);
@@ -217,6 +223,32 @@ fn cuda_kernels_compile() {
             assert!(kernels > 50 && tensor > 0 && launches > kernels);
         }
     }
+    if let Some(assembler) = cuda_packages("ptxas", &["nvcc==13.0.88"]) {
+        assemble(ptx.path(), &assembler.join("bin/ptxas"));
+    }
+}
+
+/// Has kernels assembled for a Hopper GPU, as the driver does it. Those of our own keep all they have in registers.
+#[cfg(feature = "cuda")]
+fn assemble(folder: &Path, assembler: &Path) {
+    let ours = ["modulate_", "gated_", "softmax_", "split_heads", "merge_heads", "place_", "squares_"];
+    let (mut kernels, mut of_ours) = (0, vec![0; ours.len()]);
+    for file in std::fs::read_dir(folder).expect("a folder") {
+        let path = file.expect("a file").path();
+        let name = path.file_stem().expect("a name").to_string_lossy().into_owned();
+        let mut command = Command::new(assembler);
+        command.args(["-v", "-arch=sm_90a", "-o", "/dev/null"]).arg(&path);
+        let ended = Running::start(&mut command).wait(DEADLINE);
+        assert_eq!(ended.code, Some(0), "{name}: {}", ended.stderr);
+        kernels += 1;
+        if let Some(number) = ours.iter().position(|start| name.starts_with(start)) {
+            of_ours[number] += 1;
+            let said = [ended.stdout, ended.stderr].concat();
+            assert!(said.contains("0 bytes spill stores, 0 bytes spill loads"), "{name}: {said}");
+        }
+    }
+    println!("{kernels} kernels assembled, of {ours:?} {of_ours:?}");
+    assert!(of_ours.iter().all(|&count| count > 0), "not all have run: {of_ours:?}");
 }
 
 /// What CubeCL asks of the driver for a model of the paper, spare memory of its pools included.
