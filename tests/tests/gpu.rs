@@ -231,7 +231,16 @@ fn cuda_kernels_compile() {
 /// Has kernels assembled for a Hopper GPU, as the driver does it. Those of our own keep all they have in registers.
 #[cfg(feature = "cuda")]
 fn assemble(folder: &Path, assembler: &Path) {
-    let ours = ["modulate_", "gated_", "softmax_", "split_heads", "merge_heads", "place_", "squares_"];
+    let ours = [
+        "modulate_",
+        "gated_",
+        "softmax_",
+        "split_heads",
+        "merge_heads",
+        "place_",
+        "squares_",
+        "sum_columns",
+    ];
     let (mut kernels, mut of_ours) = (0, vec![0; ours.len()]);
     for file in std::fs::read_dir(folder).expect("a folder") {
         let path = file.expect("a file").path();

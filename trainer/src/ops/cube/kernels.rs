@@ -231,6 +231,31 @@ pub(super) fn gated_columns<Y: Float, W: Float, G: Float, N: Size>(
     }
 }
 
+/// Sums over each `part` rows of a group: [groups, parts, vectors]. Input `x`.
+#[cube(launch_unchecked)]
+pub(super) fn sum_columns<X: Float, O: Float, N: Size>(
+    x: &[Vector<X, N>],
+    sums: &mut [Vector<O, N>],
+    sizes: &Sizes,
+    part: usize,
+    #[define(X, O)] _types: [ElemType; 2],
+) {
+    let column = (CUBE_POS_X * LANES + UNIT_POS_X) as usize;
+    let first = CUBE_POS_Y as usize * part;
+    let mut sum = Vector::<f32, N>::new(0.0f32);
+    if column < sizes.vectors {
+        for i in range_stepped(first + UNIT_POS_Y as usize, min(first + part, sizes.group), ROWS as usize) {
+            let row = CUBE_POS_Z as usize * sizes.group + i;
+            sum += Vector::cast_from(x[row * sizes.step_a + column]);
+        }
+    }
+    let sum = along_column(sum);
+    if UNIT_POS_Y == 0 && column < sizes.vectors {
+        let at = (CUBE_POS_Z * CUBE_COUNT_Y + CUBE_POS_Y) as usize * sizes.vectors + column;
+        sums[at] = Vector::cast_from(sum);
+    }
+}
+
 /// softmax(scale scores) of each row. Input `scores`.
 #[cube(launch_unchecked)]
 pub(super) fn softmax_rows<S: Float, N: Size>(

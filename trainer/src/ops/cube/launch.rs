@@ -17,7 +17,7 @@ use burn_cubecl::tensor::CubeTensor;
 
 use super::kernels::{self, LANES, ROWS, SizesLaunch};
 
-/// Rows whose columns one cube adds up.
+/// Most rows whose columns one cube adds up, of a sample.
 const PART: usize = 256;
 /// Elements that are worth a cube for their squares, and the most cubes for that.
 const SQUARES: usize = 8192;
@@ -55,6 +55,11 @@ pub(super) trait Kernels: Backend {
         grad: FloatTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
+    /// The sums over the rows of each group of [groups, rows, width], in x's type: [groups, 1, width]. (burn's reduction,
+    /// not tuned, gives a unit all rows of its columns.)
+    #[fusion(dtype = x, shape = column_sums(x))]
+    fn sums(x: FloatTensor<Self>) -> FloatTensor<Self>;
+
     /// softmax(scale scores) over the last dimension.
     #[fusion(dtype = scores, shape = scores)]
     fn probabilities(scores: FloatTensor<Self>, scale: f32) -> FloatTensor<Self>;
@@ -85,6 +90,10 @@ fn modulated_backward(
 
 fn gated_backward(y: &TensorSpec, gate: &TensorSpec, _grad: &TensorSpec) -> (TensorSpec, TensorSpec) {
     (y.clone(), TensorSpec::new(parts(&y.shape, &gate.shape), gate.dtype))
+}
+
+fn column_sums(x: &Shape) -> Shape {
+    Shape::new([x[0], 1, x[2]])
 }
 
 /// Into how many parts a sum of squares falls: by the vector's length alone, so that it has the same bits on any GPU.
@@ -129,9 +138,10 @@ impl Sizes {
         calculate_cube_count_elemwise(client, self.rows * LANES as usize, cube())
     }
 
-    fn column_cubes(&self) -> CubeCount {
+    /// For sums of so many parts of a group's rows.
+    fn column_cubes(&self, parts: usize) -> CubeCount {
         let across = (self.width / self.vector()).div_ceil(LANES as usize);
-        CubeCount::Static(across as u32, self.group.div_ceil(PART) as u32, self.groups as u32)
+        CubeCount::Static(across as u32, parts as u32, self.groups as u32)
     }
 
     /// With the inputs' steps, which [`Sizes::rows_of`] gives.
@@ -191,6 +201,33 @@ fn planes(x: &CubeTensor) -> bool {
     properties.features.plane.contains(Plane::Ops)
         && hardware.plane_size_min == LANES
         && hardware.plane_size_max == LANES
+}
+
+/// Sums over each of so many parts of a group's rows, [groups, parts, width].
+fn sums_of_parts(x: CubeTensor, groups: usize, parts: usize, dtype: DType) -> CubeTensor {
+    let sizes = Sizes::new(&x.shape(), &Shape::new([groups]));
+    let out = like(&x, Shape::new([groups, parts, sizes.width]), dtype);
+    if sizes.width * groups == 0 {
+        return out;
+    }
+    let (x, step) = sizes.rows_of(x);
+    let part = sizes.group.div_ceil(parts);
+    let (client, types) = (x.client.clone(), [element(&x), element(&out)]);
+    // SAFETY: both are as large as `sizes` says, at those distances.
+    unsafe {
+        kernels::sum_columns::launch_unchecked(
+            &client,
+            sizes.column_cubes(parts),
+            cube(),
+            sizes.vector(),
+            x.into_buffer_arg(),
+            out.clone().into_buffer_arg(),
+            sizes.with_steps([step]),
+            part,
+            types,
+        );
+    }
+    out
 }
 
 impl Kernels for CubeBackend {
@@ -270,7 +307,7 @@ impl Kernels for CubeBackend {
             );
             kernels::modulate_columns::launch_unchecked(
                 &client,
-                sizes.column_cubes(),
+                sizes.column_cubes(sizes.group.div_ceil(PART)),
                 cube(),
                 sizes.vector(),
                 x.into_buffer_arg(),
@@ -300,7 +337,7 @@ impl Kernels for CubeBackend {
         unsafe {
             kernels::gated_columns::launch_unchecked(
                 &y.client.clone(),
-                sizes.column_cubes(),
+                sizes.column_cubes(sizes.group.div_ceil(PART)),
                 cube(),
                 sizes.vector(),
                 y.into_buffer_arg(),
@@ -314,6 +351,18 @@ impl Kernels for CubeBackend {
             );
         }
         (by_y, by_gate)
+    }
+
+    fn sums(x: CubeTensor) -> CubeTensor {
+        let dtype = x.dtype;
+        let [groups, rows, _] = x.shape().dims();
+        // Many rows in some hundreds of parts first, then those.
+        let parts = if rows <= PART { 1 } else { rows.div_ceil(rows.div_ceil(PART).max(PART / 4)) };
+        if parts == 1 {
+            sums_of_parts(x, groups, 1, dtype)
+        } else {
+            sums_of_parts(sums_of_parts(x, groups, parts, DType::F32), groups, 1, dtype)
+        }
     }
 
     fn probabilities(scores: CubeTensor, scale: f32) -> CubeTensor {

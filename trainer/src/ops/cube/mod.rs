@@ -147,7 +147,7 @@ impl SitGradients for Cube {
 
 /// Sums [groups, parts, width] over the parts, to [groups, 1, width].
 fn summed(parts: Primitive) -> Primitive {
-    if parts.shape()[1] == 1 { parts } else { Cube::float_sum_dim(parts, 1) }
+    if parts.shape()[1] == 1 { parts } else { Cube::sums(parts) }
 }
 
 /// Attention's pieces by kernels.
@@ -219,7 +219,8 @@ impl LinearGradients for Cube {
     }
 
     fn sum_rows(grad: Primitive) -> Primitive {
-        let width = grad.shape()[1];
-        Self::float_reshape(Self::float_sum_dim(grad, 0), Shape::new([width]))
+        let [rows, width] = grad.shape().dims();
+        let sums = Self::sums(Self::float_reshape(grad, Shape::new([1, rows, width])));
+        Self::float_reshape(sums, Shape::new([width]))
     }
 }

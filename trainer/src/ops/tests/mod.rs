@@ -293,7 +293,9 @@ fn packed_attention_matches_its_composite() {
 
 #[test]
 fn linear_matches_its_composite() {
-    for (n, t, inputs, outputs) in [(1, 1, 1, 1), (2, 5, 7, 3), (3, 70, 33, 130), (4, 64, 128, 512)] {
+    for (n, t, inputs, outputs) in
+        [(1, 1, 1, 1), (2, 5, 7, 3), (3, 70, 33, 130), (4, 64, 128, 512), (5, 103, 16, 34), (2, 4_000, 2, 3)]
+    {
         let x = leaf(1, [n, t, inputs], 1.0);
         let weight = leaf(2, [outputs, inputs], 1.0);
         let bias = leaf(3, [outputs], 1.0);
