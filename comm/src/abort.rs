@@ -3,16 +3,23 @@
 use std::io::Write;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 /// Exit code of a failure at run time, worth a restart (see the exit codes in the design).
 pub const RUNTIME_FAILURE: i32 = 4;
 
+/// How long other ranks leave the word to the first one.
+const MEANWHILE: Duration = Duration::from_secs(2);
+
 /// This rank as messages name it; empty in a job of one.
 static NAME: OnceLock<String> = OnceLock::new();
+/// Whether there is a rank before this one.
+static LATER: AtomicBool = AtomicBool::new(false);
 static UNDER_WAY: AtomicBool = AtomicBool::new(false);
 
 /// Remembers who this process is, for the message.
 pub(crate) fn set_name(rank: usize, size: usize, host: &str) {
+    LATER.store(rank > 0, Ordering::Relaxed);
     if size > 1 {
         // A second communicator in one process is refused earlier, so the first name stands.
         let _ = NAME.set(format!("rank {rank} on {host}: "));
@@ -45,13 +52,28 @@ fn end_all(code: i32, line: Option<&str>) -> ! {
     std::process::exit(code)
 }
 
-/// Makes a panic on any thread of this rank end the whole job with exit code 4 after the usual panic message (and the
-/// rank's name), instead of leaving the other ranks waiting. Call once, after `init`.
-pub fn install_panic_hook() {
+/// What a panic's text says to the user, if that is no bug: an exit code and a message.
+pub type Explain = fn(&str) -> Option<(i32, String)>;
+
+/// Makes a panic on any thread of this rank end the whole job, instead of leaving the other ranks waiting: with what
+/// `explain` makes of it, or else with exit code 4 after the usual panic message (and the rank's name). Call once, after
+/// `init`.
+pub fn install_panic_hook(explain: Explain) {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         if UNDER_WAY.load(Ordering::SeqCst) {
             return;
+        }
+        let payload = panic.payload();
+        let text = payload.downcast_ref::<&str>().copied();
+        let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
+        if let Some((code, message)) = text.and_then(explain) {
+            tracing::debug!("{panic}");
+            if LATER.load(Ordering::Relaxed) {
+                // What all ranks run into at once, the first one tells, and ends the others meanwhile.
+                std::thread::sleep(MEANWHILE);
+            }
+            abort(code, &message);
         }
         print(panic);
         let line = NAME.get().map(|name| format!("error: {name}panicked (see above): ending all ranks"));

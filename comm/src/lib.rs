@@ -25,7 +25,7 @@ mod topology;
 mod waiter;
 mod worker;
 
-pub use abort::{abort, install_panic_hook};
+pub use abort::{Explain, abort, install_panic_hook};
 pub use agreement::{Failure, RemoteError, all_or_first_error, end_with};
 pub use board::Board;
 pub use communicator::{

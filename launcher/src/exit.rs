@@ -130,6 +130,11 @@ impl From<EvaluationError> for Failure {
     }
 }
 
+/// What a panic says to the user.
+pub fn explain(panic: &str) -> Option<(i32, String)> {
+    repa_trainer::gpu_failure::explain(panic).map(|(kind, message)| (i32::from(kind.code()), message))
+}
+
 /// Prints the error, if there is one, and gives the exit code.
 pub fn report(result: Result<Outcome, Failure>) -> ExitCode {
     match result {

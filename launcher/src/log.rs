@@ -11,10 +11,15 @@ use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
 
+/// What tells of every kernel that a failure of the GPU has kept from running, over pages. The failure itself is told once,
+/// where its results are read.
+const VERBOSE: &str = "cubecl_runtime=off,cubecl_server=off,cubecl_cuda=off";
+
 /// Sends the log to standard error: warnings, or what RUST_LOG asks for; errors only above rank 0.
 pub fn to_stderr(rank: usize, format: LogFormat) {
     let quiet = if rank == 0 { "warn" } else { "error" };
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(quiet));
+    let filter =
+        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(format!("{quiet},{VERBOSE}")));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

@@ -345,8 +345,50 @@ fn grids_are_drawn_on_a_gpu() {
         let grid = image::open(place.run(name).join("samples/step-00000012.png")).expect("a PNG");
         grid.into_rgb8().into_raw()
     });
-    let most = cpu.iter().zip(&gpu).map(|(a, b)| a.abs_diff(*b)).max();
-    assert!(cpu.len() == gpu.len() && most <= Some(2), "pixels differ by {most:?}");
+    alike(&cpu, &gpu);
+    // Drawn afterwards: where the run was trained, unless the command says otherwise.
+    let [cpu, gpu] = [("cpu.png", &["device=cpu"][..]), ("gpu.png", &[])].map(|(name, more)| {
+        let (run, out) = (place.run("gpu"), place.run(name));
+        let (run, out) = (format!("--run={}", run.display()), format!("--out={}", out.display()));
+        let sample = ["sample", &run, &out, "--per-class=1", "sample.solver.num_steps=3", &autoencoder];
+        let mut command = repa_tests::repa_dist(&[&sample[..], more].concat());
+        Running::start(&mut command).wait(DEADLINE).expect_code(0);
+        image::open(place.run(name)).expect("a PNG").into_rgb8().into_raw()
+    });
+    alike(&cpu, &gpu);
+}
+
+#[cfg(feature = "wgpu")]
+#[track_caller]
+fn alike(a: &[u8], b: &[u8]) {
+    let most = a.iter().zip(b).map(|(a, b)| a.abs_diff(*b)).max();
+    assert!(a.len() == b.len() && most <= Some(2), "pixels differ by {most:?}");
+}
+
+/// All ranks run out of memory at once, in the first step.
+#[cfg(feature = "cuda")]
+#[test]
+fn a_gpu_that_is_full_is_told_in_one_message() {
+    if nvidia() {
+        println!("skipped: only the stand-in can be made small");
+        return;
+    }
+    let place = Place::new();
+    let mut command = place.command(2, "full", &[CUDA, "train.global_batch=12"]);
+    command.env("STAND_IN_MEMORY", (24 << 20).to_string()).env("RUST_BACKTRACE", "0");
+    // Nobody who starts this again gets further.
+    let ended = Running::start(&mut command).wait(DEADLINE).expect_code(2);
+    let told: Vec<&str> = ended.stderr.lines().filter(|line| line.contains("memory is full")).collect();
+    assert_eq!(told.len(), 1, "{}", ended.stderr);
+    assert!(told[0].starts_with("error: rank "), "{}", told[0]);
+    for part in
+        ["MiB more were wanted", "GiB a GPU", "train.micro_batch smaller than 6", "optimizer.sharding=zero1"]
+    {
+        assert!(told[0].contains(part), "no {part:?}: {}", told[0]);
+    }
+    for noise in ["panicked", "backtrace", "Caused by"] {
+        assert!(!ended.stderr.contains(noise), "{}", ended.stderr);
+    }
 }
 
 /// The setting that names the quickstart's.

@@ -12,6 +12,7 @@ pub mod exit;
 pub mod figures;
 pub mod flat;
 pub mod generate;
+pub mod gpu_failure;
 pub mod images;
 pub mod model;
 pub mod nn;

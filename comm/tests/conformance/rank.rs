@@ -29,7 +29,7 @@ pub fn run(role: &str) -> ! {
             std::process::exit(2)
         }
     };
-    install_panic_hook();
+    install_panic_hook(|_| None);
     #[cfg(feature = "nccl")]
     if way() == "nccl" {
         let comm = crate::gpu::start(comm);

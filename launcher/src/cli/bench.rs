@@ -271,7 +271,7 @@ fn step(settings: &Settings, steps: usize, alone: bool, json: bool) -> Result<Ou
         return Err(Failure::usage("--steps must be above 0"));
     }
     let mpi = repa_comm::init(&Options::default()).map_err(Failure::runtime)?;
-    repa_comm::install_panic_hook();
+    repa_comm::install_panic_hook(crate::exit::explain);
     let loaded = all_or_first_error(mpi.as_ref(), settings.load().map_err(|e| e.of_rank()))
         .unwrap_or_else(|e| end_with(mpi.as_ref(), &e));
     let comm = communicator(&loaded.config, mpi.clone()).unwrap_or_else(|e| end_with(mpi.as_ref(), &e));
@@ -307,7 +307,7 @@ fn checkpoint(settings: &Settings, options: &CheckpointBenchOptions, json: bool)
         return Err(Failure::usage("--turns must be above 0"));
     }
     let comm = repa_comm::init(&Options::default()).map_err(Failure::runtime)?;
-    repa_comm::install_panic_hook();
+    repa_comm::install_panic_hook(crate::exit::explain);
     let loaded = all_or_first_error(comm.as_ref(), settings.load().map_err(|e| e.of_rank()))
         .unwrap_or_else(|e| end_with(comm.as_ref(), &e));
     let figures =
@@ -326,7 +326,7 @@ fn telemetry(settings: &Settings, options: TelemetryBenchOptions, json: bool) ->
         return Err(Failure::usage("--records, --steps and --turns must be above 0"));
     }
     let mpi = repa_comm::init(&Options::default()).map_err(Failure::runtime)?;
-    repa_comm::install_panic_hook();
+    repa_comm::install_panic_hook(crate::exit::explain);
     let loaded = all_or_first_error(mpi.as_ref(), settings.load().map_err(|e| e.of_rank()))
         .unwrap_or_else(|e| end_with(mpi.as_ref(), &e));
     let comm = communicator(&loaded.config, mpi.clone()).unwrap_or_else(|e| end_with(mpi.as_ref(), &e));
@@ -405,7 +405,7 @@ fn all_reduce(
         return Err(Failure::usage("--seconds and --max-mib must be above 0"));
     }
     let mpi = repa_comm::init(start).map_err(Failure::runtime)?;
-    repa_comm::install_panic_hook();
+    repa_comm::install_panic_hook(crate::exit::explain);
     let mut config = repa_trainer::config::Config::default();
     if let BackendName::Nccl = backend {
         config.comm.backend = repa_trainer::config::Backend::Nccl;

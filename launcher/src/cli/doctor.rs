@@ -125,7 +125,7 @@ fn rank(arguments: &Arguments) -> Result<Outcome, Failure> {
     let watch = StartWatch::new(START);
     let comm = repa_comm::init(&Options::default()).map_err(|e| Failure::with_code(NO_RANKS as u8, e))?;
     drop(watch);
-    repa_comm::install_panic_hook();
+    repa_comm::install_panic_hook(crate::exit::explain);
     let local = arguments.load().map_err(|e| e.of_rank());
     let config = all_or_first_error(comm.as_ref(), local).unwrap_or_else(|e| end_with(comm.as_ref(), &e));
     let subject = Arc::new(Subject::of_job(config, comm.topology(), arguments.quick));

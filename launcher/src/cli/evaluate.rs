@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use repa_trainer::Device;
 use repa_trainer::encoder::{self, VisionEncoder};
 use repa_trainer::evaluate::evaluate_run;
 use repa_trainer::generate::run_config;
@@ -37,7 +36,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     let mut config = run_config(&arguments.run, &arguments.values)?;
     config.run.dir.clone_from(&arguments.run);
     super::use_threads(config.train.threads)?;
-    let device = Device::flex();
+    let device = super::device_of_run(&config)?;
     let encoder = match &arguments.encoder {
         Some(path) => VisionEncoder::open(path, &device).map_err(Failure::data)?,
         None => encoder::quickstart(&device),

@@ -21,7 +21,8 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressState, ProgressStyle};
-use repa_trainer::config::{Loaded, Source, Sources, load};
+use repa_trainer::Device;
+use repa_trainer::config::{Config, Loaded, Source, Sources, load};
 
 use crate::exit::{Failure, Outcome};
 
@@ -167,6 +168,15 @@ fn size(bytes: u64) -> String {
         mib if mib < 1024.0 => format!("{mib:.1} MiB"),
         mib => format!("{:.2} GiB", mib / 1024.0),
     }
+}
+
+/// The device of a command that draws images from a run: the run's own, unless `device=...` says otherwise.
+fn device_of_run(config: &Config) -> Result<Device, Failure> {
+    if !config.device.is_cpu() {
+        repa_comm::install_panic_hook(crate::exit::explain);
+        repa_trainer::gpu_failure::advise(format!("Make sample.batch smaller than {}", config.sample.batch));
+    }
+    Ok(repa_trainer::train::device(&config.device.0, 0)?)
 }
 
 /// Sets the number of threads of a command that is no rank; 0 takes all cores.

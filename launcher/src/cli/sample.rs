@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use repa_trainer::Device;
 use repa_trainer::figures::{labelled_grid, write_png};
 use repa_trainer::generate::{Generator, Which, class_rows, run_config};
 
@@ -37,7 +36,8 @@ pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     config.run.dir.clone_from(&arguments.run);
     super::use_threads(config.train.threads)?;
     let which = if arguments.raw_weights { Which::Model } else { Which::Ema };
-    let generator = Generator::open(&config, which, &Device::flex())?;
+    let device = super::device_of_run(&config)?;
+    let generator = Generator::open(&config, which, &device)?;
     let contents = &generator.index().contents;
     let classes = contents.classes.min(arguments.classes);
     let labels: Vec<usize> = (0..classes).flat_map(|c| std::iter::repeat_n(c, arguments.per_class)).collect();

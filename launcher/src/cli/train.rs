@@ -30,7 +30,7 @@ impl Arguments {
 
 pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     let mpi = repa_comm::init(&Options::default()).map_err(Failure::runtime)?;
-    repa_comm::install_panic_hook();
+    repa_comm::install_panic_hook(crate::exit::explain);
     // Every rank reads its own configuration; a mistake in it is reported once.
     let local = arguments.load().map_err(|e| e.of_rank());
     let loaded = all_or_first_error(mpi.as_ref(), local).unwrap_or_else(|e| end_with(mpi.as_ref(), &e));

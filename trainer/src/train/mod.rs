@@ -71,6 +71,7 @@ pub fn train(
             break Outcome::Done;
         }
         let asked = end_unless_agreed(session.step(config, comm, stop), comm.as_ref())?;
+        crate::gpu_failure::has_worked();
         let step = session.learner.state.step;
         let last = step == config.train.steps;
         end_unless_agreed(session.sample(comm.as_ref()), comm.as_ref())?;

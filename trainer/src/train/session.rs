@@ -22,6 +22,7 @@ use crate::Device;
 use crate::config::{Config, ConfigError, Loaded};
 use crate::data::loader::LoaderPlan;
 use crate::exit::Outcome;
+use crate::gpu_failure;
 use crate::params::Layout;
 use crate::telemetry::events::EventKind;
 use crate::telemetry::exporter::{self, Exporter, Identity};
@@ -259,6 +260,9 @@ pub(super) fn open_device(config: &Config, comm: &dyn Communicator) -> Result<De
         threads => threads,
     };
     use_threads(threads)?;
+    if !config.device.is_cpu() {
+        gpu_failure::advise_training(config, comm.size());
+    }
     device(&config.device.0, comm.local_rank())
 }
 

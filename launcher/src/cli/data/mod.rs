@@ -127,7 +127,7 @@ fn run_stage(store: &Path, to: &Path) -> Result<Outcome, Failure> {
 /// Runs a command on every rank that mpirun or srun started; alone where none did.
 fn on_all_ranks(work: impl FnOnce(&dyn Communicator) -> Result<(), RemoteError>) -> Result<Outcome, Failure> {
     let comm = repa_comm::init(&repa_comm::Options::default()).map_err(Failure::runtime)?;
-    repa_comm::install_panic_hook();
+    repa_comm::install_panic_hook(crate::exit::explain);
     crate::log::to_stderr(comm.rank(), repa_trainer::config::LogFormat::Text);
     let comm = comm.as_ref();
     work(comm).unwrap_or_else(|e| end_with(comm, &e));
