@@ -109,13 +109,7 @@ impl From<LaunchError> for Failure {
 
 impl From<GenerateError> for Failure {
     fn from(error: GenerateError) -> Self {
-        let kind = match &error {
-            GenerateError::Config(_) => Kind::Usage,
-            GenerateError::Checkpoint(error) => error.kind(),
-            GenerateError::Sample(_) => Kind::Runtime,
-            _ => Kind::Data,
-        };
-        Self::with_code(kind.code(), error)
+        Self::of(error.kind(), &error)
     }
 }
 

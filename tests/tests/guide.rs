@@ -95,6 +95,8 @@ fn every_command_of_the_guide_works() {
             .replace("-n 4", "-n 2")
             .replace("/scratch", &scratch)
             .replace("--per-class 1", "--per-class 1 sample.solver.num_steps=2")
+            .replace("--samples 50000", "--samples 3")
+            .replace("num_steps=250", "num_steps=2")
             .replace("repa-dist", &binary().display().to_string())
             .replace("mpirun", "mpirun --allow-run-as-root --oversubscribe --bind-to none");
         let mut shell = Command::new("sh");

@@ -21,6 +21,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressState, ProgressStyle};
+use repa_comm::{Communicator, RemoteError, end_with};
 use repa_trainer::Device;
 use repa_trainer::config::{Config, Loaded, Source, Sources, load};
 
@@ -170,13 +171,35 @@ fn size(bytes: u64) -> String {
     }
 }
 
+/// Runs a command on every rank that mpirun or srun started; alone where none did.
+fn on_all_ranks(work: impl FnOnce(&dyn Communicator) -> Result<(), RemoteError>) -> Result<Outcome, Failure> {
+    let comm = repa_comm::init(&repa_comm::Options::default()).map_err(Failure::runtime)?;
+    repa_comm::install_panic_hook(crate::exit::explain);
+    crate::log::to_stderr(comm.rank(), repa_trainer::config::LogFormat::Text);
+    let comm = comm.as_ref();
+    work(comm).unwrap_or_else(|e| end_with(comm, &e));
+    comm.finalize().map_err(Failure::runtime)?;
+    Ok(Outcome::Done)
+}
+
+/// Sets the threads of a rank: what was asked for, or its share of the processors.
+fn rank_threads(comm: &dyn Communicator, asked: usize) -> Result<(), Failure> {
+    let threads = if asked == 0 { comm.topology().threads_per_rank() } else { asked };
+    Ok(repa_trainer::train::use_threads(threads)?)
+}
+
 /// The device of a command that draws images from a run: the run's own, unless `device=...` says otherwise.
 fn device_of_run(config: &Config) -> Result<Device, Failure> {
     if !config.device.is_cpu() {
         repa_comm::install_panic_hook(crate::exit::explain);
-        repa_trainer::gpu_failure::advise(format!("Make sample.batch smaller than {}", config.sample.batch));
     }
-    Ok(repa_trainer::train::device(&config.device.0, 0)?)
+    device_of_rank(config, 0)
+}
+
+/// The same of a rank.
+fn device_of_rank(config: &Config, local_rank: usize) -> Result<Device, Failure> {
+    repa_trainer::gpu_failure::advise(format!("Make sample.batch smaller than {}", config.sample.batch));
+    Ok(repa_trainer::train::device(&config.device.0, local_rank)?)
 }
 
 /// Sets the number of threads of a command that is no rank; 0 takes all cores.

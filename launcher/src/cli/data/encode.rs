@@ -14,7 +14,8 @@ use repa_trainer::data::store::{INDEX_FILE, Precision, StoreSpec};
 use repa_trainer::encoder::VisionEncoder;
 use repa_trainer::{data, train};
 
-use super::{BuildBar, on_all_ranks, say_built, use_threads};
+use super::super::{on_all_ranks, rank_threads};
+use super::{BuildBar, say_built};
 use crate::exit::{Failure, Outcome};
 
 const NOTE: &str = "With a store or REPA's layout as SOURCE, --autoencoder may be left out: its latents are kept, and \
@@ -96,7 +97,7 @@ type Prepared = (Box<dyn ImageSource>, Models, StoreSpec);
 
 /// Opens everything that a rank needs.
 fn prepare(comm: &dyn Communicator, arguments: &Arguments) -> Result<Prepared, Failure> {
-    use_threads(comm, arguments.threads)?;
+    rank_threads(comm, arguments.threads)?;
     let device = train::device(&arguments.device, comm.local_rank())?;
     let models = models(arguments, device)?;
     let (source, spec) = open_source(arguments)?;

@@ -7,7 +7,8 @@ use repa_comm::all_or_first_error;
 use repa_trainer::data::import::{ImportOptions, Layout, import};
 use repa_trainer::data::store::Precision;
 
-use super::{BuildBar, on_all_ranks, say_built, use_threads};
+use super::super::{on_all_ranks, rank_threads};
+use super::{BuildBar, say_built};
 use crate::exit::{Failure, Outcome};
 
 #[derive(Debug, Args)]
@@ -79,7 +80,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
         max_bad: arguments.max_bad,
     };
     on_all_ranks(|comm| {
-        all_or_first_error(comm, use_threads(comm, arguments.threads).map_err(|e| e.of_rank()))?;
+        all_or_first_error(comm, rank_threads(comm, arguments.threads).map_err(|e| e.of_rank()))?;
         let mut bar = BuildBar::new(comm, "importing", "samples");
         let (built, report) = import(comm, &arguments.root, &arguments.out, &options, &mut |p| bar.show(p))?;
         bar.done();

@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use indicatif::ProgressBar;
-use repa_comm::{Communicator, RemoteError, end_with};
+use repa_comm::Communicator;
 use repa_trainer::data::build::{BuildProgress, Built};
 use repa_trainer::data::{stage, store::LEFT_OUT_FILE};
 use repa_trainer::{data, quickstart};
 
-use super::bar;
+use super::{bar, on_all_ranks};
 use crate::exit::{Failure, Outcome};
 
 #[derive(Debug, Args)]
@@ -122,23 +122,6 @@ fn run_stage(store: &Path, to: &Path) -> Result<Outcome, Failure> {
         }
         Ok(())
     })
-}
-
-/// Runs a command on every rank that mpirun or srun started; alone where none did.
-fn on_all_ranks(work: impl FnOnce(&dyn Communicator) -> Result<(), RemoteError>) -> Result<Outcome, Failure> {
-    let comm = repa_comm::init(&repa_comm::Options::default()).map_err(Failure::runtime)?;
-    repa_comm::install_panic_hook(crate::exit::explain);
-    crate::log::to_stderr(comm.rank(), repa_trainer::config::LogFormat::Text);
-    let comm = comm.as_ref();
-    work(comm).unwrap_or_else(|e| end_with(comm, &e));
-    comm.finalize().map_err(Failure::runtime)?;
-    Ok(Outcome::Done)
-}
-
-/// Sets the threads of a rank: what was asked for, or its share of the processors.
-fn use_threads(comm: &dyn Communicator, asked: usize) -> Result<(), Failure> {
-    let threads = if asked == 0 { comm.topology().threads_per_rank() } else { asked };
-    Ok(repa_trainer::train::use_threads(threads)?)
 }
 
 /// How far a store has come: a bar where a person watches, a line now and then elsewhere.

@@ -1,5 +1,7 @@
 //! From a run to images: its weights, its sampler, its autoencoder.
 
+mod many;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -13,6 +15,7 @@ use crate::data::{
     self,
     store::{Index, StoreError, StoreSpec},
 };
+use crate::exit::Kind;
 use crate::figures::GridRow;
 use crate::flat;
 use crate::images::{self, Image};
@@ -20,6 +23,7 @@ use crate::model::Sit;
 use crate::params::{Layout, Params};
 use crate::sample::{Batch, DrawnNoise, SampleError, draw_latents, sample};
 use crate::weights::WeightsError;
+pub use many::{Classes, write_many};
 
 /// Which weights of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,6 +67,18 @@ pub enum GenerateError {
     /// The sampler failed.
     #[error(transparent)]
     Sample(#[from] SampleError),
+}
+
+impl GenerateError {
+    /// What kind of error it is, for the exit code.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Config(_) => Kind::Usage,
+            Self::Checkpoint(error) => error.kind(),
+            Self::Sample(_) => Kind::Runtime,
+            _ => Kind::Data,
+        }
+    }
 }
 
 /// The merged configuration that a run folder keeps, with `arguments` over it.
@@ -184,28 +200,36 @@ impl Generator {
         first: u64,
         mut on_batch: impl FnMut(usize),
     ) -> Result<Vec<Image>, GenerateError> {
-        let settings = &self.config.sample;
-        let contents = &self.index.contents;
-        let size = contents.latent_len();
+        let batch = self.config.sample.batch;
         let mut images = Vec::with_capacity(labels.len());
-        for (number, labels) in labels.chunks(settings.batch).enumerate() {
-            let start = first + (number * settings.batch) as u64;
+        for (number, labels) in labels.chunks(batch).enumerate() {
+            let start = first + (number * batch) as u64;
             let samples: Vec<u64> = (start..start + labels.len() as u64).collect();
-            let latents = draw_latents(settings.seed, &samples, size);
-            let batch = Batch {
-                latents: &latents,
-                shape: [labels.len(), contents.channels, contents.height, contents.width],
-                labels,
-                null_class: self.config.model.num_classes,
-                path: self.config.objective.path,
-                device: &self.device,
-            };
-            let noise = DrawnNoise::new(settings.seed, &samples);
-            let states = sample(&self.model, &settings.solver, &batch, &noise, |_| {})?;
-            images.extend(self.decode(states.into_iter().map(|v| v as f32).collect()));
+            images.extend(self.batch(&samples, labels)?);
             on_batch(images.len());
         }
         Ok(images)
+    }
+
+    /// The images of these numbers and labels, all at once.
+    fn batch(&self, samples: &[u64], labels: &[usize]) -> Result<Vec<Image>, GenerateError> {
+        if samples.is_empty() {
+            return Ok(Vec::new());
+        }
+        let settings = &self.config.sample;
+        let contents = &self.index.contents;
+        let latents = draw_latents(settings.seed, samples, contents.latent_len());
+        let batch = Batch {
+            latents: &latents,
+            shape: [labels.len(), contents.channels, contents.height, contents.width],
+            labels,
+            null_class: self.config.model.num_classes,
+            path: self.config.objective.path,
+            device: &self.device,
+        };
+        let noise = DrawnNoise::new(settings.seed, samples);
+        let states = sample(&self.model, &settings.solver, &batch, &noise, |_| {})?;
+        Ok(self.decode(states.into_iter().map(|v| v as f32).collect()))
     }
 
     /// Images of normalised latents [N, C, h, w], flattened.
