@@ -68,13 +68,6 @@ pub fn evaluate_run(
     let store = data::open(&config.data.dir).map_err(GenerateError::from)?;
     let real = stored_features(&store)?;
     let data = GaussianStatistics::of(&real.concat(), encoder.embed_dim())?;
-    let distance = |images: &[Image]| -> Result<f64, EvaluationError> {
-        let mut statistics = GaussianStatistics::new(encoder.embed_dim());
-        for batch in images.chunks(BATCH) {
-            statistics.add_f32(&pooled_features(encoder, batch)?)?;
-        }
-        Ok(statistics.frechet_distance(&data)?)
-    };
     // The data's own sequence of labels, thinned: classes keep their proportions.
     let labels = (0..samples)
         .map(|i| Ok(store.label(i * store.len() / samples)? as usize))
@@ -90,13 +83,30 @@ pub fn evaluate_run(
         let features: Vec<f64> = part.iter().flat_map(|(_, f)| f.iter().copied()).collect();
         GaussianStatistics::of(&features, encoder.embed_dim())
     };
+    let distance = |images: &dyn Fn(usize, &[usize]) -> Result<Vec<f32>, EvaluationError>,
+                    progress: &mut dyn FnMut(usize)|
+     -> Result<f64, EvaluationError> {
+        let mut statistics = GaussianStatistics::new(encoder.embed_dim());
+        for (number, part) in labels.chunks(config.sample.batch).enumerate() {
+            let first = number * config.sample.batch;
+            statistics.add_f32(&images(first, part)?)?;
+            progress(first + part.len());
+        }
+        Ok(statistics.frechet_distance(&data)?)
+    };
+    let drawn = |generator: &Generator, first: usize, labels: &[usize]| {
+        pooled_features(encoder, &generator.images(labels, first as u64, |_| {})?)
+    };
+    let of_means = pooled_features(encoder, &class_means(&generator, &store)?)?;
+    let of_mean = |label: &usize| &of_means[label * encoder.embed_dim()..][..encoder.embed_dim()];
+    let nobody = &mut |_| {};
     Ok(Evaluation {
         step: generator.step(),
         samples,
         cfg_scale: config.sample.solver.cfg_scale,
-        trained: distance(&generator.images(&labels, 0, &mut progress)?)?,
-        untrained: distance(&untrained.images(&labels, 0, |_| {})?)?,
-        class_means: distance(&class_means(&generator, &store, &labels)?)?,
+        trained: distance(&|first, labels| drawn(&generator, first, labels), &mut progress)?,
+        untrained: distance(&|first, labels| drawn(&untrained, first, labels), nobody)?,
+        class_means: distance(&|_, labels| Ok(labels.iter().flat_map(of_mean).copied().collect()), nobody)?,
         floor: half(&even)?.frechet_distance(&half(&odd)?)?,
     })
 }
@@ -120,9 +130,13 @@ fn stored_features(store: &LatentStore) -> Result<Vec<Vec<f64>>, EvaluationError
 
 /// Pooled features of images, [N, D] flattened.
 fn pooled_features(encoder: &VisionEncoder, images: &[Image]) -> Result<Vec<f32>, EvaluationError> {
-    let features = encoder.features(images).map_err(|e| EvaluationError::Features(e.to_string()))?;
-    let pooled = features.pooled().into_data().convert::<f32>();
-    pooled.try_to_vec().map_err(|e| EvaluationError::Features(format!("{e:?}")))
+    let mut pooled = Vec::with_capacity(images.len() * encoder.embed_dim());
+    for images in images.chunks(BATCH) {
+        let features = encoder.features(images).map_err(|e| EvaluationError::Features(e.to_string()))?;
+        let part = features.pooled().into_data().convert::<f32>();
+        pooled.extend(part.try_to_vec::<f32>().map_err(|e| EvaluationError::Features(format!("{e:?}")))?);
+    }
+    Ok(pooled)
 }
 
 /// The mean over tokens of [tokens, dim].
@@ -134,12 +148,8 @@ fn pool(values: impl Iterator<Item = f64>, tokens: usize, dim: usize) -> Vec<f64
     mean
 }
 
-/// One decoded image a label: the mean of its class's latents.
-fn class_means(
-    generator: &Generator,
-    store: &LatentStore,
-    labels: &[usize],
-) -> Result<Vec<Image>, EvaluationError> {
+/// One decoded image a class: the mean of its latents.
+fn class_means(generator: &Generator, store: &LatentStore) -> Result<Vec<Image>, EvaluationError> {
     let contents = &store.index().contents;
     let size = contents.latent_len();
     let mut sums = vec![vec![0.0f64; size]; contents.classes];
@@ -157,6 +167,5 @@ fn class_means(
         .zip(&counts)
         .flat_map(|(sum, &count)| sum.iter().map(move |value| (value / count.max(1) as f64) as f32))
         .collect();
-    let images = generator.decode_raw(means);
-    Ok(labels.iter().map(|&label| images[label].clone()).collect())
+    Ok(generator.decode_raw(means))
 }
