@@ -56,8 +56,8 @@ fn end_all(code: i32, line: Option<&str>) -> ! {
 pub type Explain = fn(&str) -> Option<(i32, String)>;
 
 /// Makes a panic on any thread of this rank end the whole job, instead of leaving the other ranks waiting: with what
-/// `explain` makes of it, or else with exit code 4 after the usual panic message (and the rank's name). Call once, after
-/// `init`.
+/// `explain` makes of it, or else with exit code 4 after the usual panic message (and the rank's name). Call once, in a
+/// job after `init`.
 pub fn install_panic_hook(explain: Explain) {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {

@@ -12,7 +12,8 @@ use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
 
 /// What tells of every kernel that a failure of the GPU has kept from running, over pages. The failure itself is told once,
-/// where its results are read.
+/// where its results are read. Other words of CubeCL's (memory given back, results of tuning) go with it: RUST_LOG=warn
+/// has all of them.
 const VERBOSE: &str = "cubecl_runtime=off,cubecl_server=off,cubecl_cuda=off";
 
 /// Sends the log to standard error: warnings, or what RUST_LOG asks for; errors only above rank 0.

@@ -284,6 +284,23 @@ fn a_gpu_needs_the_memory_that_is_estimated() {
     assert!((0.9..1.2).contains(&ratio), "{taken} bytes taken, {estimated} estimated: {ratio:.2}");
 }
 
+/// Every thread has memory of its own on a GPU, and grids are drawn on one that ends with them.
+#[cfg(feature = "cuda")]
+#[test]
+fn grids_take_no_more_memory_each_time() {
+    let Some(toolkit) = toolkit() else { return };
+    let (place, autoencoder) = (Place::new(), autoencoder());
+    let [few, many] = [("few", "train.steps=3"), ("many", "train.steps=9")].map(|(name, steps)| {
+        let more = [&[CUDA, steps][..], &grids("sample.training.every=1", &autoencoder)].concat();
+        let mut command = place.command(1, name, &more);
+        compile_for_hopper(&mut command, &toolkit);
+        Running::start(&mut command).wait(DEADLINE).expect_code(0);
+        counted(&place.run(name), 0, "peak")
+    });
+    println!("{few} bytes for three grids, {many} for nine");
+    assert!(many as f64 <= 1.05 * few as f64, "{few} bytes for three grids, {many} for nine");
+}
+
 /// Matrix products in bfloat16, sums in bfloat16 between ranks.
 #[cfg(feature = "cuda")]
 #[test]

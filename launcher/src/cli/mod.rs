@@ -198,7 +198,7 @@ fn device_of_run(config: &Config) -> Result<Device, Failure> {
 
 /// The same of a rank.
 fn device_of_rank(config: &Config, local_rank: usize) -> Result<Device, Failure> {
-    repa_trainer::gpu_failure::advise(format!("Make sample.batch smaller than {}", config.sample.batch));
+    repa_trainer::gpu_failure::drawing(config);
     Ok(repa_trainer::train::device(&config.device.0, local_rank)?)
 }
 

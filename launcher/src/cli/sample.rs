@@ -6,7 +6,7 @@ use clap::Args;
 use indicatif::ProgressBar;
 use repa_comm::all_or_first_error;
 use repa_trainer::config::Config;
-use repa_trainer::figures::{labelled_grid, write_png};
+use repa_trainer::figures::{check_place, labelled_grid, write_png};
 use repa_trainer::generate::{Classes, Generator, Which, class_rows, run_config, write_many};
 
 use super::bar;
@@ -102,6 +102,9 @@ fn many(arguments: &Arguments, path: &Path) -> Result<Outcome, Failure> {
             super::rank_threads(comm, config.train.threads)?;
             let device = super::device_of_rank(&config, comm.local_rank())?;
             make_folder(path)?;
+            if comm.rank() == 0 {
+                check_place(path).map_err(Failure::usage)?;
+            }
             Ok(Generator::open(&config, arguments.which(), &device)?)
         };
         let generator = all_or_first_error(comm, open().map_err(|error| error.of_rank()))?;

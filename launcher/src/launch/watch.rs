@@ -141,6 +141,10 @@ impl Watch {
         if status.time < self.began - 1.0 {
             return;
         }
+        if self.between_steps() && !status.between_steps {
+            // What was no step's time: the next one's begins.
+            self.progressed = Instant::now();
+        }
         self.status = Some(status);
     }
 
@@ -283,7 +287,7 @@ mod tests {
         watch.look();
         assert_eq!(watch.steps(), Some((3, 4)));
         // An old status says nothing.
-        let status = |time: f64| {
+        let between = |time: f64, between_steps: bool| {
             let rank = |rank: usize, host: &str, phase: &str| {
                 serde_json::json!({
                     "rank": rank, "host": host, "pid": 1, "step": 5, "phase": phase,
@@ -291,9 +295,10 @@ mod tests {
             };
             let text = serde_json::json!({
                 "time": time, "state": "training", "step": 5, "steps": 9, "durable": 4,
-                "ranks": [rank(0, "a", "communicating"), rank(1, "b", "computing")]});
+                "between_steps": between_steps, "ranks": [rank(0, "a", "communicating"), rank(1, "b", "computing")]});
             std::fs::write(run.path().join("status.json"), text.to_string()).expect("written");
         };
+        let status = |time| between(time, false);
         status(unix_time() - 100.0);
         watch.look();
         assert_eq!((watch.stuck(&[], "a"), watch.durable()), (None, Some(2)));
@@ -303,5 +308,13 @@ mod tests {
         let stuck = watch.stuck(&[], "a").expect("a rank");
         assert_eq!((stuck.rank, stuck.host.as_str()), (1, "b"));
         assert_eq!(stuck.text, "computing for 30 s in step 5");
+        // A grid that has been drawn counts as progress when it is over.
+        let before = watch.progressed();
+        between(unix_time(), true);
+        watch.look();
+        assert!(watch.between_steps() && watch.progressed() == before);
+        status(unix_time());
+        watch.look();
+        assert!(!watch.between_steps() && watch.progressed() > before);
     }
 }

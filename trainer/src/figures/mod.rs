@@ -9,7 +9,7 @@ mod text;
 pub use curves::{Panel, Series, loss_curves, whole};
 pub use grid::{GridRow, labelled_grid};
 pub use npz::NpzWriter;
-pub use output::write_png;
+pub use output::{check_place, write_png};
 
 use std::path::PathBuf;
 

@@ -53,6 +53,18 @@ impl Drop for PendingFile {
     }
 }
 
+/// Whether a file can be written here, before what goes into it is made.
+///
+/// # Errors
+/// [`FigureError::Write`] names the file and the reason.
+pub fn check_place(path: &Path) -> Result<(), FigureError> {
+    let (pending, _) = PendingFile::create(path)?;
+    if path.is_dir() {
+        return Err(pending.error(io::Error::from(io::ErrorKind::IsADirectory)));
+    }
+    Ok(())
+}
+
 /// Writes a PNG. The file appears whole or not at all.
 ///
 /// # Errors
@@ -82,6 +94,17 @@ mod tests {
         write_png(&path, &image).expect("written over itself");
         assert_eq!(image::open(&path).expect("a PNG").to_rgb8().into_raw(), image.pixels);
         assert_eq!(std::fs::read_dir(folder.path()).expect("listed").count(), 1);
+    }
+
+    #[test]
+    fn a_place_is_checked_before_the_work() {
+        let folder = tempfile::tempdir().expect("a folder");
+        check_place(&folder.path().join("a.npz")).expect("writable");
+        for place in [folder.path().to_owned(), folder.path().join("none/a.npz")] {
+            let error = check_place(&place).expect_err("no file").to_string();
+            assert!(error.contains(&place.display().to_string()), "{error}");
+        }
+        assert_eq!(std::fs::read_dir(folder.path()).expect("listed").count(), 0);
     }
 
     #[test]

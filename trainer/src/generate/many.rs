@@ -4,10 +4,11 @@ use std::path::Path;
 
 use repa_comm::{Communicator, Failure, RemoteError, all_or_first_error};
 
-use super::Generator;
+use super::{Generator, together};
 use crate::data::draws::{Draws, Purpose};
 use crate::exit::Kind;
 use crate::figures::{FigureError, NpzWriter};
+use crate::gpu_failure;
 use crate::images::Image;
 
 /// Block of a sample's draws that no latent reaches.
@@ -39,11 +40,12 @@ impl Classes {
 }
 
 /// Draws `count` images on all ranks, which take turns, and has rank 0 write them to an `.npz` as they come: `arr_0`, uint8
-/// [N, H, W, 3]. The same images in the same order on any number of ranks. Called by all of them; `done` hears on each how
+/// [N, H, W, 3]. Noise and classes are the same in the same order on any number of ranks. Called by all of them; `done` hears on each how
 /// many are written.
 ///
 /// # Errors
-/// A sampler's on any rank, or rank 0's disk is full: the same on all ranks, and no file is left.
+/// A sampler's on any rank, or rank 0's disk is full: the same on all ranks, and no file is left. (A job that is ended
+/// from outside leaves a part of it, `FILE.PID.tmp`.)
 pub fn write_many(
     comm: &dyn Communicator,
     generator: &Generator,
@@ -59,8 +61,11 @@ pub fn write_many(
         let end = count.min(start + round);
         let mine: Vec<u64> = (start + rank..end).step_by(ranks).map(|i| i as u64).collect();
         let labels: Vec<usize> = mine.iter().map(|&i| classes.label(settings.seed, i, of_all)).collect();
-        let drawn = generator.batch(&mine, &labels).map_err(|error| failure(error.kind(), &error));
+        let drawn = together(comm, || generator.batch(&mine, &labels));
+        let drawn = drawn.map_err(|error| failure(Kind::Runtime, &error));
+        let drawn = drawn.and_then(|drawn| drawn.map_err(|error| failure(error.kind(), &error)));
         let images = all_or_first_error(comm, drawn)?;
+        gpu_failure::has_worked();
         for first in (0..(end - start).div_ceil(ranks)).step_by(AT_ONCE) {
             let part = images.iter().skip(first).take(AT_ONCE);
             let part: Vec<u8> = part.flat_map(|image| image.pixels.iter().copied()).collect();

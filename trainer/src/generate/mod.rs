@@ -1,6 +1,7 @@
 //! From a run to images: its weights, its sampler, its autoencoder.
 
 mod many;
+mod together;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -24,6 +25,7 @@ use crate::params::{Layout, Params};
 use crate::sample::{Batch, DrawnNoise, SampleError, draw_latents, sample};
 use crate::weights::WeightsError;
 pub use many::{Classes, write_many};
+pub(crate) use together::together;
 
 /// Which weights of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -206,6 +208,7 @@ impl Generator {
             let start = first + (number * batch) as u64;
             let samples: Vec<u64> = (start..start + labels.len() as u64).collect();
             images.extend(self.batch(&samples, labels)?);
+            crate::gpu_failure::has_worked();
             on_batch(images.len());
         }
         Ok(images)

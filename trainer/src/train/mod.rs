@@ -117,6 +117,10 @@ fn begin(loaded: &Loaded, comm: &dyn Communicator, stop: &mut StopRequest) -> Re
     let cut = Arc::new(Cut::new(config, &layout, comm));
     let owned = Owned::new(cut.owned.iter().cloned());
     let beginning = resume::begin(loaded, comm, stop, &layout, owned)?;
+    if beginning.state.step > 0 {
+        // In an earlier start.
+        crate::gpu_failure::has_worked();
+    }
     let session = agree(comm, Session::open(config, comm, &data, &device, layout, cut, board, beginning))?;
     agree(comm, session.announce(config, comm))?;
     Ok(session)

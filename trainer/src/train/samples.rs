@@ -1,14 +1,11 @@
 //! Sample images while a run trains: grids of the same noise and classes every so many steps, by the averaged weights.
 //!
-//! All ranks draw their part of a grid. Each does so on a thread of its own, while its training thread asks the others
-//! whether they are done: so neither a large model nor a rank without images runs into a deadline, and a rank that is
-//! lost is still noticed by one.
+//! All ranks draw their part of a grid.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
-use repa_comm::{CommError, Communicator, ReduceOp, shard_range};
+use repa_comm::{CommError, Communicator, shard_range};
 
 use super::TrainError;
 use crate::Device;
@@ -16,12 +13,9 @@ use crate::autoencoder::Autoencoder;
 use crate::config::{Config, ConfigError};
 use crate::data::store::Index;
 use crate::figures::{labelled_grid, write_png};
-use crate::generate::{Generator, autoencoder, class_rows};
+use crate::generate::{Generator, autoencoder, class_rows, together};
 use crate::images::Image;
 use crate::params::Layout;
-
-/// Longest pause between questions.
-const PAUSE: Duration = Duration::from_millis(20);
 
 /// The grids of a run.
 #[derive(Debug)]
@@ -83,6 +77,11 @@ impl Samples {
         }))
     }
 
+    /// The run's configuration, with the solver of grids.
+    pub(super) fn config(&self) -> &Config {
+        &self.config
+    }
+
     /// Whether a grid is due after this step.
     pub(super) fn due(&self, step: u64) -> bool {
         step.is_multiple_of(self.config.sample.training.every)
@@ -99,20 +98,7 @@ impl Samples {
         step: u64,
         comm: &dyn Communicator,
     ) -> Result<Option<Drawn>, CommError> {
-        let part = std::thread::scope(|scope| {
-            let drawing = scope.spawn(|| self.part(weights, step, comm.rank(), comm.size()));
-            let mut pause = Duration::from_millis(1);
-            loop {
-                let mut busy = [f64::from(u8::from(!drawing.is_finished()))];
-                comm.all_reduce_f64(&mut busy, ReduceOp::Sum)?;
-                if busy == [0.0] {
-                    break;
-                }
-                std::thread::sleep(pause);
-                pause = (2 * pause).min(PAUSE);
-            }
-            Ok::<_, CommError>(drawing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-        })?;
+        let part = together(comm, || self.part(weights, step, comm.rank(), comm.size()))?;
         let parts = comm.all_gather_bytes(&packed(part))?;
         if comm.rank() != 0 {
             return Ok(None);

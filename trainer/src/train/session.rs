@@ -180,7 +180,7 @@ impl Session {
         let begun = Instant::now();
         self.board.publish_phase(Phase::Sampling);
         let average = self.learner.average(comm)?;
-        let drawn = samples.draw(&average, step, comm)?;
+        let drawn = gpu_failure::between_steps(samples.config(), || samples.draw(&average, step, comm))?;
         if let (Some(lead), Some(drawn)) = (&mut self.lead, drawn) {
             lead.show(step, drawn);
         }
@@ -261,7 +261,7 @@ pub(super) fn open_device(config: &Config, comm: &dyn Communicator) -> Result<De
     };
     use_threads(threads)?;
     if !config.device.is_cpu() {
-        gpu_failure::advise_training(config, comm.size());
+        gpu_failure::training(config, comm.size());
     }
     device(&config.device.0, comm.local_rank())
 }

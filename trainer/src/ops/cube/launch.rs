@@ -96,7 +96,7 @@ fn column_sums(x: &Shape) -> Shape {
     Shape::new([x[0], 1, x[2]])
 }
 
-/// Into how many parts a sum of squares falls: by the vector's length alone, so that it has the same bits on any GPU.
+/// Into how many parts a sum of squares falls: by the vector's length alone, so that it has the same bits each time.
 fn square_parts(x: &Shape) -> usize {
     x.num_elements().div_ceil(SQUARES).clamp(1, MOST_SQUARES)
 }
