@@ -9,7 +9,7 @@ use std::time::Duration;
 pub const RUNTIME_FAILURE: i32 = 4;
 
 /// How long other ranks leave the word to the first one.
-const MEANWHILE: Duration = Duration::from_secs(2);
+const MEANWHILE: Duration = Duration::from_secs(5);
 
 /// This rank as messages name it; empty in a job of one.
 static NAME: OnceLock<String> = OnceLock::new();

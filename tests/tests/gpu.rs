@@ -391,6 +391,8 @@ fn a_gpu_that_is_full_is_told_in_one_message() {
         return;
     }
     let place = Place::new();
+    // With its kernels compiled, so that no rank is far behind.
+    place.train(2, "fits", &[CUDA, "train.global_batch=12", "train.steps=1"]);
     let mut command = place.command(2, "full", &[CUDA, "train.global_batch=12"]);
     command.env("STAND_IN_MEMORY", (24 << 20).to_string()).env("RUST_BACKTRACE", "0");
     // Nobody who starts this again gets further.
