@@ -83,13 +83,11 @@ pub fn evaluate_run(
         let features: Vec<f64> = part.iter().flat_map(|(_, f)| f.iter().copied()).collect();
         GaussianStatistics::of(&features, encoder.embed_dim())
     };
-    let distance = |images: &dyn Fn(usize, &[usize]) -> Result<Vec<f32>, EvaluationError>,
-                    progress: &mut dyn FnMut(usize)|
-     -> Result<f64, EvaluationError> {
+    let distance = |features: &Features, progress: &mut dyn FnMut(usize)| -> Result<f64, EvaluationError> {
         let mut statistics = GaussianStatistics::new(encoder.embed_dim());
         for (number, part) in labels.chunks(config.sample.batch).enumerate() {
             let first = number * config.sample.batch;
-            statistics.add_f32(&images(first, part)?)?;
+            statistics.add_f32(&features(first, part)?)?;
             progress(first + part.len());
         }
         Ok(statistics.frechet_distance(&data)?)
@@ -110,6 +108,9 @@ pub fn evaluate_run(
         floor: half(&even)?.frechet_distance(&half(&odd)?)?,
     })
 }
+
+/// The pooled features of the images of these labels, the first of which has this number.
+type Features<'a> = dyn Fn(usize, &[usize]) -> Result<Vec<f32>, EvaluationError> + 'a;
 
 /// Pooled features of every sample of a store, by its first encoder.
 fn stored_features(store: &LatentStore) -> Result<Vec<Vec<f64>>, EvaluationError> {
