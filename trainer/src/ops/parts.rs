@@ -12,6 +12,8 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, Shape, TensorMetadata, backend_extension};
 use burn::tensor::{Slice, Tensor};
 
+use super::watch::Watching;
+
 /// Where a part's gradient goes.
 #[derive(Debug, Clone)]
 pub struct Place {
@@ -23,11 +25,6 @@ pub struct Place {
 /// What [`parts`] is made of.
 #[backend_extension(Autodiff, Flex, Cube: cfg(any(feature = "cuda", feature = "wgpu")))]
 pub trait Cutting: Backend {
-    /// The tensor itself, whose gradient the parts' are written to and nothing else.
-    fn whole(x: FloatTensor<Self>) -> FloatTensor<Self> {
-        x
-    }
-
     /// Columns of the last dimension.
     fn part(x: FloatTensor<Self>, place: Place) -> FloatTensor<Self> {
         let slices = slices(&x.shape(), &place.columns);
@@ -45,7 +42,9 @@ impl Cutting for burn::backend::Cube {}
 pub fn parts<const D: usize, const P: usize>(x: Tensor<D>) -> [Tensor<D>; P] {
     let width = x.dims()[D - 1] / P;
     assert_eq!(x.dims()[D - 1], P * width, "parts: they are equal");
-    let whole = Dispatch::whole(x.into_dispatch());
+    // A node of its own, which nothing else follows from: its gradient is the parts' and no more.
+    let x = x.into_dispatch();
+    let whole = Dispatch::after(x.clone(), x);
     let begun = Arc::new(AtomicBool::new(false));
     std::array::from_fn(|i| {
         let place = Place { columns: i * width..(i + 1) * width, begun: begun.clone() };
@@ -60,22 +59,7 @@ fn slices(shape: &Shape, columns: &Range<usize>) -> Vec<Slice> {
 }
 
 #[derive(Debug)]
-struct Whole;
-
-#[derive(Debug)]
 struct Part;
-
-impl<B: Backend> Backward<B, 1> for Whole {
-    type State = ();
-
-    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let grad = grads.consume::<B>(&ops.node);
-        let [x] = ops.parents;
-        if let Some(x) = x {
-            grads.register::<B>(x.id, grad);
-        }
-    }
-}
 
 impl<B: Backend> Backward<B, 1> for Part {
     type State = (Place, Shape);
@@ -95,13 +79,6 @@ impl<B: Backend> Backward<B, 1> for Part {
 }
 
 impl<B: Cutting, C: CheckpointStrategy> Cutting for Autodiff<B, C> {
-    fn whole(x: FloatTensor<Self>) -> FloatTensor<Self> {
-        match Backward::<B, 1>::prepare::<C>(Whole, [x.node()]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish((), x.into_primitive()),
-            OpsKind::UnTracked(prep) => prep.finish(x.into_primitive()),
-        }
-    }
-
     fn part(x: FloatTensor<Self>, place: Place) -> FloatTensor<Self> {
         let shape = x.shape();
         match Backward::<B, 1>::prepare::<C>(Part, [x.node()]).compute_bound().stateful() {

@@ -27,7 +27,7 @@ const MOST_SQUARES: usize = 512;
 #[backend_extension(Cube, Fusion)]
 pub(super) trait Kernels: Backend {
     /// See [`super::SitOps::modulate`].
-    #[fusion(meta = |x: &TensorSpec, _: &TensorSpec, _: &TensorSpec, _: &f32, _: &f32, dtype: &DType| TensorSpec::new(x.shape.clone(), *dtype))]
+    #[fusion(dtype = *dtype, shape = x)]
     fn modulated(
         x: FloatTensor<Self>,
         gain: FloatTensor<Self>,
@@ -150,11 +150,20 @@ impl Sizes {
         SizesLaunch::new(self.rows, self.group, self.width / self.vector(), step(0), step(1), step(2))
     }
 
-    /// A tensor whose rows lie at one distance, and that in elements; a copy where they do not.
     fn rows_of(&self, x: CubeTensor) -> (CubeTensor, usize) {
-        match row_step(x.meta.shape(), x.meta.strides()) {
-            Some(step) if step.is_multiple_of(self.vector()) => (x, step),
-            _ => (into_contiguous(x), self.width),
+        rows_in_vectors(x, self.vector())
+    }
+}
+
+/// A tensor whose rows lie at one distance, whole vectors of `n` elements apart, and that in elements; a copy where they
+/// do not.
+pub(super) fn rows_in_vectors(x: CubeTensor, n: usize) -> (CubeTensor, usize) {
+    match row_step(x.meta.shape(), x.meta.strides()) {
+        Some(step) if step.is_multiple_of(n) => (x, step),
+        _ => {
+            let x = into_contiguous(x);
+            let width = *x.meta.shape().last().expect("rows have a dimension");
+            (x, width)
         }
     }
 }

@@ -1,8 +1,10 @@
 //! Products and copies whose results have no gaps in memory. CubeCL's own give rows on NVIDIA GPUs that begin at multiples
 //! of up to 512 bytes, and burn copies those where they are next seen in another shape.
 
-use burn::backend::fusion::FusionTensor;
-use burn::backend::fusion::custom::{CustomOpIr, OperationFn, OperationIr, StreamId, TensorIr};
+use burn::backend::fusion::custom::{
+    CustomOpIr, HandleContainer, OperationFn, OperationIr, StreamId, TensorIr,
+};
+use burn::backend::fusion::{FusionBackend, FusionRuntime, FusionTensor};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Cube, Shape, TensorMetadata, backend_extension};
 use burn::tensor::DType;
@@ -14,7 +16,7 @@ use burn_cubecl::kernel::matmul::{MatmulStrategy, matmul};
 use burn_cubecl::tensor::CubeTensor;
 
 use super::kernels::{self, HeadSizesLaunch};
-use super::launch::{element, like, vector};
+use super::launch::{element, like, rows_in_vectors, vector};
 
 #[backend_extension(Cube, Fusion)]
 pub(super) trait Layouts: Backend {
@@ -107,17 +109,7 @@ impl Layouts for CubeBackend {
         let shape = split(&rows.shape(), &heads, &parts);
         let out = like(&rows, shape.clone(), rows.dtype);
         let n = vector(shape[2], rows.dtype);
-        let [samples, tokens, width] = rows.shape().dims();
-        // Rows with gaps are read as they are.
-        let (rows, step) = match &rows.meta.strides()[..] {
-            [of_sample, of_token, 1]
-                if of_token.is_multiple_of(n) && (samples == 1 || *of_sample == of_token * tokens) =>
-            {
-                let step = *of_token;
-                (rows, step)
-            }
-            _ => (into_contiguous(rows), width),
-        };
+        let (rows, step) = rows_in_vectors(rows, n);
         let (sizes, count) = head_sizes(&shape, heads, part, step, n);
         if count == 0 {
             return out;
@@ -202,6 +194,5 @@ fn placed(parts: Vec<CubeTensor>, len: usize) -> CubeTensor {
     out
 }
 
-type Handles = burn::backend::fusion::custom::HandleContainer<
-    <<CubeBackend as burn::backend::fusion::FusionBackend>::FusionRuntime as burn::backend::fusion::FusionRuntime>::FusionHandle,
->;
+type Runtime = <CubeBackend as FusionBackend>::FusionRuntime;
+type Handles = HandleContainer<<Runtime as FusionRuntime>::FusionHandle>;
