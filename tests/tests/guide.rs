@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use repa_tests::{Running, binary, random_weights};
 use repa_trainer::autoencoder::kl::KlConfig;
-use repa_trainer::encoder::dinov2::DinoV2Config;
+use repa_trainer::encoder::vit::VitConfig;
 
 const GUIDE: &str = include_str!("../../docs/imagenet.md");
 const DEADLINE: Duration = Duration::from_secs(120);
@@ -48,8 +48,8 @@ fn lay_out(root: &Path) {
     std::fs::write(weights.join("config.json"), config).expect("written");
     let kl = KlConfig::from_json(Path::new("config.json"), config).expect("a configuration");
     random_weights(&weights.join("diffusion_pytorch_model.safetensors"), &kl.layout(), &[]);
-    let published = DinoV2Config::published('b', false).expect("published");
-    let shallow = DinoV2Config { depth: 1, ..published };
+    let published = VitConfig::published('b', false).expect("published");
+    let shallow = VitConfig { depth: 1, ..published };
     random_weights(&root.join("weights/dinov2_vitb14_pretrain.pth"), &shallow.layout(), &[]);
     let configs = root.join("configs");
     std::fs::create_dir_all(&configs).expect("a folder");

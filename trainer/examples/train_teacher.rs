@@ -22,9 +22,9 @@ use half::f16;
 use rayon::prelude::*;
 use repa_trainer::data::draws::{Draws, Purpose};
 use repa_trainer::data::emoji::{self, CLASSES, RESOLUTION};
-use repa_trainer::encoder::dinov2::{DinoV2, DinoV2Config};
 use repa_trainer::encoder::preprocess::{Preprocess, to_tensor};
-use repa_trainer::encoder::{VisionEncoder, probe};
+use repa_trainer::encoder::vit::{Vit, VitConfig};
+use repa_trainer::encoder::{Family, VisionEncoder, probe};
 use repa_trainer::images::Image;
 use repa_trainer::nn::Linear;
 use repa_trainer::params::{Init, Layout, Params};
@@ -33,7 +33,8 @@ use safetensors::tensor::{Dtype, TensorView};
 /// Pixels a side that the teacher sees.
 const INPUT: usize = 56;
 /// The teacher: 8 x 8 tokens.
-const TEACHER: DinoV2Config = DinoV2Config {
+const TEACHER: VitConfig = VitConfig {
+    family: Family::DinoV2,
     embed_dim: 96,
     depth: 4,
     num_heads: 4,
@@ -136,7 +137,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
 
     write(&layout, &average, &options)?;
-    let trained = VisionEncoder::open(&options.out, &Device::flex())?;
+    let trained = VisionEncoder::open(&options.out, None, &Device::flex())?;
     println!("linear probe on held-out images, {} classes:", CLASSES.len());
     println!("  teacher:        {}", sets.report(&trained)?);
     println!("  random weights: {}", sets.report(&random)?);
@@ -229,12 +230,13 @@ fn training_layout(labels: &Labels) -> Layout {
 /// and the mean patch token's.
 fn losses(params: &Params, batch: &Batch, labels: &Labels, device: &Device) -> (Tensor<1>, Tensor<1>) {
     let n = batch.images.len();
-    let model = DinoV2::bind(&TEACHER, params);
+    let model = Vit::bind(&TEACHER, params);
     let views = Tensor::<4>::from_data(TensorData::new(batch.pixels.clone(), [n, 3, INPUT, INPUT]), device);
     let output = match &batch.visible {
         Some(visible) => model.forward_visible(views, Tensor::from_data(visible.as_slice(), device)),
         None => model.forward(views),
     };
+    let cls = output.cls.expect("the teacher has a class token");
     let mean = output.patch_tokens.mean_dim(1).reshape([n, TEACHER.embed_dim]);
     let (words, runs) = labels.targets(&batch.images, device);
     let loss = |head: &str, targets: Tensor<2>| {
@@ -242,7 +244,7 @@ fn losses(params: &Params, batch: &Batch, labels: &Labels, device: &Device) -> (
             let logits = Linear::bind(&params.scope(format!("{head}_{part}"))).forward(features.clone());
             (log_softmax(logits, 1) * targets.clone()).sum()
         };
-        (one("cls", &output.cls) + one("mean", &mean)) * (-0.5 / n as f64)
+        (one("cls", &cls) + one("mean", &mean)) * (-0.5 / n as f64)
     };
     (loss("words", words), loss("runs", runs))
 }
@@ -386,7 +388,7 @@ fn write(layout: &Layout, flat: &[f32], options: &Options) -> Result<(), Box<dyn
 fn encoder(layout: &Layout, flat: &[f32]) -> Result<VisionEncoder, Box<dyn std::error::Error>> {
     let bytes = serialise(layout, flat)?;
     let weights = repa_trainer::weights::Weights::from_safetensors("(in training)".as_ref(), &bytes)?;
-    Ok(VisionEncoder::from_weights(&weights, &Device::flex())?)
+    Ok(VisionEncoder::from_weights(&weights, None, &Device::flex())?)
 }
 
 /// Images and labels, to train on and held out.
@@ -426,7 +428,8 @@ impl Sets {
         let found = self.probe(&ranges, |images| {
             let features = encoder.features(images)?;
             let all = features.patch_tokens.clone().reshape([images.len(), h * w * d]);
-            Ok(Tensor::cat(vec![features.pooled(), features.cls, all], 1))
+            let cls = features.cls.clone().expect("the teacher has a class token");
+            Ok(Tensor::cat(vec![features.pooled(), cls, all], 1))
         })?;
         let [mean, cls, both, all] = found[..] else { unreachable!("four ranges were asked for") };
         Ok(format!("mean patch {mean:.1}%, class token {cls:.1}%, both {both:.1}%, all patches {all:.1}%"))

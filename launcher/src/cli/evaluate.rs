@@ -18,7 +18,7 @@ pub struct Arguments {
     /// Samples to draw
     #[arg(long, value_name = "N", default_value_t = 1000)]
     samples: usize,
-    /// Encoder whose features are compared: a weight file, or the quickstart's own teacher
+    /// Encoder whose features are compared, as alignment.encoders names them; by default the quickstart's teacher
     #[arg(long, value_name = "FILE")]
     encoder: Option<PathBuf>,
     /// Print JSON; it is kept as evaluation.json in the run folder in any case
@@ -38,7 +38,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     super::use_threads(config.train.threads)?;
     let device = super::device_of_run(&config)?;
     let encoder = match &arguments.encoder {
-        Some(path) => VisionEncoder::open(path, &device).map_err(Failure::data)?,
+        Some(name) => VisionEncoder::named(name, &device).map_err(Failure::data)?,
         None => encoder::quickstart(&device),
     };
     let progress = bar("sampling", "images");

@@ -13,7 +13,7 @@ pub fn check(case: &Case) -> Result<(), String> {
     let mut weights = case.weights.under("official");
     // Heads do not show in the tensors' shapes; the case's are not 64 wide.
     weights.metadata.insert("num_heads".to_owned(), case.usize("num_heads", 0).to_string());
-    let encoder = VisionEncoder::from_weights(&weights, &device()).map_err(|e| e.to_string())?;
+    let encoder = VisionEncoder::from_weights(&weights, None, &device()).map_err(|e| e.to_string())?;
 
     let config = encoder.config();
     for (what, ours, expected) in [
@@ -33,18 +33,24 @@ pub fn check(case: &Case) -> Result<(), String> {
         return Err(format!("{grid:?} tokens for an input of {input} pixels"));
     }
 
-    let pixels: Vec<f32> = case.u8s("image").iter().map(|&p| f32::from(p)).collect();
-    let shape: [usize; 4] = case.shape("image").try_into().map_err(|_| "image is not [N, 3, R, R]")?;
-    let images = Tensor::<1>::from_data(pixels.as_slice(), &device()).reshape(shape);
+    let images = images(case)?;
     let preprocessed = encoder.preprocess(images.clone()).map_err(|e| e.to_string())?;
     let features = encoder.forward(images).map_err(|e| e.to_string())?;
     let compare = |what: &str, ours: Vec<f32>| close_relative(what, &ours, &case.f32s(what), TOLERANCE);
     compare("preprocessed", values(preprocessed))?;
     compare("resampled_pos_embed", values(encoder.positions([grid.0, grid.1])))?;
     compare("patch_tokens", values(features.patch_tokens))?;
-    compare("cls", values(features.cls))
+    compare("cls", values(features.cls.ok_or("there is no class token")?))
 }
 
-fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+/// The case's `image` [N, 3, R, R], values 0..255.
+pub fn images(case: &Case) -> Result<Tensor<4>, String> {
+    let pixels: Vec<f32> = case.u8s("image").iter().map(|&p| f32::from(p)).collect();
+    let shape: [usize; 4] = case.shape("image").try_into().map_err(|_| "image is not [N, 3, R, R]")?;
+    Ok(Tensor::<1>::from_data(pixels.as_slice(), &device()).reshape(shape))
+}
+
+/// A tensor's elements.
+pub fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().convert::<f32>().try_to_vec().expect("converted to f32 above")
 }

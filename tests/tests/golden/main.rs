@@ -7,6 +7,7 @@ mod center_crop;
 mod checkpoint;
 mod compare;
 mod dinov2;
+mod encoder;
 mod frechet;
 mod pos_embed;
 mod sample;
@@ -28,6 +29,7 @@ fn checks() -> BTreeMap<&'static str, Check> {
     BTreeMap::from([
         ("center_crop", center_crop::check as Check),
         ("dinov2", dinov2::check),
+        ("encoder", encoder::check),
         ("checkpoint", checkpoint::check),
         ("frechet", frechet::check),
         ("pos_embed", pos_embed::check),

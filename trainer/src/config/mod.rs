@@ -242,8 +242,9 @@ pub struct AlignmentConfig {
     pub projector_dim: usize,
     /// Feature width of each encoder.
     pub z_dims: Vec<usize>,
-    /// Weight files of frozen encoders (or `quickstart-teacher`) that run on the stored images as
-    /// training goes, one for each of z_dims; empty: features are read from the store.
+    /// Weight files of frozen encoders (or `quickstart-teacher`) that run on the stored images as training
+    /// goes, one for each of z_dims; empty: features are read from the store. Before the file and a colon the
+    /// family may stand: `dinov2`, `dinov1`, `mocov3`, `mae`, `jepa` or `clip`.
     pub encoders: Vec<PathBuf>,
     /// What to do where the encoders' token grid differs from the model's: `none` (an error) or
     /// `bilinear`.

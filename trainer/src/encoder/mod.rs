@@ -1,10 +1,11 @@
 //! Frozen vision encoders whose patch tokens the alignment loss aims at, with their preprocessing.
 
-pub mod dinov2;
+mod family;
 mod layouts;
 pub mod preprocess;
 pub mod probe;
 pub mod resample;
+pub mod vit;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,14 +16,19 @@ use xxhash_rust::xxh3::Xxh3;
 use crate::images::Image;
 use crate::params::Params;
 use crate::weights::{Weights, WeightsError};
-use dinov2::{DinoV2, DinoV2Config};
+pub use family::Family;
 use preprocess::Preprocess;
+use vit::{Vit, VitConfig};
 
 /// The quickstart's teacher (its card: `assets/quickstart-teacher.md`).
 const QUICKSTART: &[u8] = include_bytes!("../../assets/quickstart-teacher.safetensors");
 
 /// The quickstart's teacher by name, in stores and configurations.
 pub const QUICKSTART_ID: &str = "quickstart-teacher";
+
+/// Where in PyTorch's checkpoints encoders are: I-JEPA's, MoCo v3's, DINO's and MAE's. What else is in them, other
+/// models and optimizers' state, is not read.
+const PARTS: [&str; 4] = ["encoder", "state_dict", "teacher", "model"];
 
 /// Why an encoder cannot be opened or used.
 #[derive(Debug, thiserror::Error)]
@@ -31,8 +37,8 @@ pub enum EncoderError {
     /// The weight file cannot be read, or holds another model.
     #[error(transparent)]
     Weights(#[from] WeightsError),
-    /// The weight file lacks what tells the model's shape.
-    #[error("{path} holds no DINOv2 model: {problem}")]
+    /// The weight file lacks what tells the model's shape or family.
+    #[error("{path} is no vision encoder that is known: {problem}")]
     Unknown {
         /// The file.
         path: PathBuf,
@@ -88,8 +94,8 @@ pub enum EncoderError {
 pub struct EncoderFeatures {
     /// [N, tokens, embed_dim], rows of patches top to bottom.
     pub patch_tokens: Tensor<3>,
-    /// [N, embed_dim].
-    pub cls: Tensor<2>,
+    /// The class token [N, embed_dim], if there is one.
+    pub cls: Option<Tensor<2>>,
 }
 
 impl EncoderFeatures {
@@ -104,55 +110,63 @@ impl EncoderFeatures {
 #[derive(Debug, Clone)]
 pub struct VisionEncoder {
     id: String,
-    model: DinoV2,
-    config: DinoV2Config,
+    model: Vit,
+    config: VitConfig,
     preprocess: Preprocess,
     device: Device,
 }
 
 impl VisionEncoder {
-    /// Opens a DINOv2 weight file (safetensors or PyTorch's) in the official or the Hugging Face
-    /// layout; its shape follows from its tensors.
+    /// Opens a weight file (safetensors or PyTorch's) in any layout in which such models are published;
+    /// the shape follows from the tensors. The family has to be given where tensors do not show it.
     ///
     /// # Errors
     /// The file cannot be read, or holds another model: the message lists the missing, unexpected
     /// and misshapen tensors.
-    pub fn open(path: &Path, device: &Device) -> Result<Self, EncoderError> {
-        Self::from_weights(&Weights::open(path)?, device)
+    pub fn open(path: &Path, family: Option<Family>, device: &Device) -> Result<Self, EncoderError> {
+        Self::from_weights(&Weights::open_part(path, &PARTS)?, family, device)
     }
 
-    /// From tensors in memory, named as in the official release or as Hugging Face names them.
+    /// From tensors in memory, named as in a published file.
     ///
     /// # Errors
-    /// The tensors are not a DINOv2 model's.
-    pub fn from_weights(weights: &Weights, device: &Device) -> Result<Self, EncoderError> {
-        let weights = layouts::official(weights)?;
-        let config = layouts::infer(&weights)?;
+    /// The tensors are not a vision encoder's.
+    pub fn from_weights(
+        weights: &Weights,
+        family: Option<Family>,
+        device: &Device,
+    ) -> Result<Self, EncoderError> {
+        let (family, weights) = layouts::official(weights, family)?;
+        let config = layouts::infer(&weights, family)?;
         let params = Params::from_weights(&Arc::new(config.layout()), &weights, device)?;
-        let model = DinoV2::bind(&config, &params);
+        let model = Vit::bind(&config, &params);
         Ok(Self {
             id: identity(&config, &weights),
             model,
             config,
-            preprocess: Preprocess::DINOV2,
+            preprocess: family.preprocess(),
             device: device.clone(),
         })
     }
 
-    /// The encoder that a configuration or command names: the quickstart's teacher by its name, or a
-    /// weight file.
+    /// The encoder that a configuration or command names: the quickstart's teacher by its name, or a weight
+    /// file, with its family before a colon (`mae:weights/mae.pth`) where that is needed.
     ///
     /// # Errors
     /// As for [`VisionEncoder::open`].
     pub fn named(name: &Path, device: &Device) -> Result<Self, EncoderError> {
-        if name == Path::new(QUICKSTART_ID) { Ok(Self::quickstart(device)) } else { Self::open(name, device) }
+        if name == Path::new(QUICKSTART_ID) {
+            return Ok(Self::quickstart(device));
+        }
+        let (family, path) = Family::of_path(name);
+        Self::open(&path, family, device)
     }
 
     /// The quickstart's teacher: 64 x 64 images, 8 x 8 tokens. Its weights are part of the program.
     pub fn quickstart(device: &Device) -> Self {
         Weights::from_safetensors(Path::new("(built-in quickstart teacher)"), QUICKSTART)
             .map_err(EncoderError::from)
-            .and_then(|weights| Self::from_weights(&weights, device))
+            .and_then(|weights| Self::from_weights(&weights, Some(Family::DinoV2), device))
             .map(|encoder| Self { id: QUICKSTART_ID.to_owned(), ..encoder })
             .expect("the built-in teacher is sound: a test opens it")
     }
@@ -194,7 +208,7 @@ impl VisionEncoder {
     }
 
     /// The model's shape.
-    pub fn config(&self) -> &DinoV2Config {
+    pub fn config(&self) -> &VitConfig {
         &self.config
     }
 
@@ -249,7 +263,7 @@ impl VisionEncoder {
         self.preprocess.apply(images)
     }
 
-    /// The position embedding [1, 1 + h w, embed_dim] resampled to a token grid.
+    /// The position embedding [1, 1 + h w, embed_dim] (h w without a class token) resampled to a token grid.
     pub fn positions(&self, grid: [usize; 2]) -> Tensor<3> {
         self.model.positions(grid)
     }
@@ -261,7 +275,7 @@ pub fn quickstart(device: &Device) -> VisionEncoder {
 }
 
 /// The `id` of the file's metadata, or the model's usual name and a digest of all tensors.
-fn identity(config: &DinoV2Config, weights: &Weights) -> String {
+fn identity(config: &VitConfig, weights: &Weights) -> String {
     if let Some(id) = weights.metadata.get("id") {
         return id.clone();
     }
@@ -269,6 +283,7 @@ fn identity(config: &DinoV2Config, weights: &Weights) -> String {
         384 => "s".to_owned(),
         768 => "b".to_owned(),
         1024 => "l".to_owned(),
+        1280 => "h".to_owned(),
         1536 => "g".to_owned(),
         other => other.to_string(),
     };
@@ -278,7 +293,7 @@ fn identity(config: &DinoV2Config, weights: &Weights) -> String {
         digest.update(name.as_bytes());
         digest.update(&tensor.bytes);
     }
-    format!("dinov2-vit-{size}{registers}-{:08x}", digest.digest() >> 32)
+    format!("{}-vit-{size}{registers}-{:08x}", config.family, digest.digest() >> 32)
 }
 
 #[cfg(test)]

@@ -4,7 +4,8 @@ use super::*;
 use crate::data::emoji::{self, CLASSES, RESOLUTION};
 use crate::weights::{Dtype, RawTensor};
 
-const SMALL: DinoV2Config = DinoV2Config {
+const SMALL: VitConfig = VitConfig {
+    family: Family::DinoV2,
     embed_dim: 16,
     depth: 2,
     num_heads: 2,
@@ -16,7 +17,7 @@ const SMALL: DinoV2Config = DinoV2Config {
 };
 
 /// A model's first values as a weight file in the official layout.
-fn official(config: &DinoV2Config) -> Weights {
+fn official(config: &VitConfig) -> Weights {
     let layout = config.layout();
     let flat = layout.initial_values(5);
     let tensors = layout
@@ -81,7 +82,7 @@ fn hugging_face(name: &str, newer: bool) -> Vec<String> {
 }
 
 fn open(weights: &Weights) -> Result<VisionEncoder, EncoderError> {
-    VisionEncoder::from_weights(weights, &Device::flex())
+    VisionEncoder::from_weights(weights, None, &Device::flex())
 }
 
 fn images(count: usize, size: usize) -> Vec<Image> {
@@ -95,19 +96,19 @@ fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
 
 fn outputs(weights: &Weights) -> Vec<f32> {
     let features = open(weights).unwrap_or_else(|e| panic!("{e}")).features(&images(2, 32)).unwrap();
-    [values(features.patch_tokens), values(features.cls)].concat()
+    [values(features.patch_tokens), values(features.cls.expect("a class token"))].concat()
 }
 
 #[test]
 fn the_published_models_have_the_published_numbers_of_parameters() {
     // As Hugging Face's model cards count them, the mask token included.
     for (size, count) in [('s', 22_056_576), ('b', 86_580_480), ('l', 304_368_640), ('g', 1_136_480_768)] {
-        let config = DinoV2Config::published(size, false).unwrap();
+        let config = VitConfig::published(size, false).unwrap();
         assert_eq!(config.layout().total_len() + config.embed_dim, count, "{size}");
-        let with_registers = DinoV2Config::published(size, true).unwrap();
+        let with_registers = VitConfig::published(size, true).unwrap();
         assert_eq!(with_registers.layout().total_len(), config.layout().total_len() + 4 * config.embed_dim);
     }
-    let giant = DinoV2Config::published('g', false).unwrap().layout();
+    let giant = VitConfig::published('g', false).unwrap().layout();
     assert_eq!(giant.find("blocks.39.mlp.w12.weight").unwrap().shape, [8192, 1536]);
     assert_eq!(giant.find("blocks.39.mlp.w3.weight").unwrap().shape, [1536, 4096]);
 }
@@ -115,7 +116,7 @@ fn the_published_models_have_the_published_numbers_of_parameters() {
 #[test]
 fn every_layout_gives_the_same_features() {
     for swiglu in [false, true] {
-        let config = DinoV2Config { swiglu, ..SMALL };
+        let config = VitConfig { swiglu, ..SMALL };
         let file = official(&config);
         let expected = outputs(&file);
         assert!(expected.iter().all(|x| x.is_finite()));
@@ -135,9 +136,145 @@ fn every_layout_gives_the_same_features() {
     }
 }
 
+/// A small model of a family.
+fn of_family(family: Family) -> VitConfig {
+    VitConfig { family, registers: 0, ..SMALL }
+}
+
+fn tokens(weights: &Weights, family: Option<Family>) -> Result<Vec<f32>, EncoderError> {
+    let encoder = VisionEncoder::from_weights(weights, family, &Device::flex())?;
+    Ok(values(encoder.features(&images(2, 32))?.patch_tokens))
+}
+
+/// OpenAI's names for CLIP's, without the dimension of the batch.
+fn openai(weights: &Weights) -> Weights {
+    let mut file = renamed(weights, |name| {
+        let name = name.replace("blocks.", "transformer.resblocks.").replace("norm_pre", "ln_pre");
+        let name = name.replace("attn.qkv.", "attn.in_proj_").replace("attn.proj", "attn.out_proj");
+        let name = name.replace("norm1", "ln_1").replace("norm2", "ln_2");
+        let name = name.replace("fc1", "c_fc").replace("fc2", "c_proj").replace("patch_embed.proj", "conv1");
+        let name = name.replace("cls_token", "class_embedding").replace("pos_embed", "positional_embedding");
+        vec![format!("visual.{name}")]
+    });
+    for (name, shape) in [("class_embedding", vec![16]), ("positional_embedding", vec![26, 16])] {
+        file.tensors.get_mut(&format!("visual.{name}")).unwrap().shape = shape;
+    }
+    let norm = file.tensors["visual.ln_pre.bias"].clone();
+    for beside in
+        ["visual.ln_post.weight", "visual.ln_post.bias", "visual.proj", "transformer.resblocks.0.ln_1.bias"]
+    {
+        file.tensors.insert(beside.to_owned(), norm.clone());
+    }
+    file
+}
+
+/// Hugging Face's names for CLIP's.
+fn hugging_face_clip(weights: &Weights) -> Weights {
+    renamed(weights, |name| {
+        if name.contains("attn.qkv") {
+            let name = name.replace("blocks.", "vision_model.encoder.layers.");
+            return ["q", "k", "v"]
+                .map(|p| name.replace("attn.qkv", &format!("self_attn.{p}_proj")))
+                .to_vec();
+        }
+        let name = name.replace("blocks.", "encoder.layers.").replace("norm_pre", "pre_layrnorm");
+        let name = name.replace("attn.proj", "self_attn.out_proj").replace("norm", "layer_norm");
+        let name = name.replace("pre_layrlayer_norm", "pre_layrnorm");
+        let name = name.replace("patch_embed.proj", "embeddings.patch_embedding");
+        let name = name.replace("cls_token", "embeddings.class_embedding");
+        vec![format!("vision_model.{}", name.replace("pos_embed", "embeddings.position_embedding.weight"))]
+    })
+}
+
+/// Hugging Face's names for a plain vision transformer's.
+fn hugging_face_vit(weights: &Weights) -> Weights {
+    renamed(weights, |name| {
+        let names = hugging_face(name, false);
+        let renamed = |name: &String| {
+            let name = name.replace("norm1", "layernorm_before").replace("norm2", "layernorm_after");
+            let name = name.replace("mlp.fc1", "intermediate.dense").replace("mlp.fc2", "output.dense");
+            format!("vit.{name}")
+        };
+        names.iter().map(renamed).collect()
+    })
+}
+
+#[test]
+fn families_are_read_in_their_own_layouts() {
+    for family in Family::ALL {
+        let file = official(&of_family(family));
+        let expected = tokens(&file, Some(family)).unwrap_or_else(|e| panic!("{family}: {e}"));
+        let layouts = match family {
+            Family::DinoV2 => continue,
+            Family::Clip => vec![openai(&file), hugging_face_clip(&file)],
+            _ => vec![hugging_face_vit(&file)],
+        };
+        for layout in layouts {
+            assert_eq!(tokens(&layout, Some(family)).unwrap_or_else(|e| panic!("{family}: {e}")), expected);
+        }
+        let shown = matches!(family, Family::IJepa | Family::Clip);
+        match tokens(&file, None) {
+            Ok(tokens) => assert!(shown && tokens == expected, "{family}"),
+            Err(error) => assert!(!shown && error.to_string().contains("mae:small.safetensors"), "{error}"),
+        }
+    }
+}
+
+#[test]
+fn what_only_training_needs_is_left_out() {
+    let file = official(&of_family(Family::MoCoV3));
+    let expected = tokens(&file, Some(Family::MoCoV3)).unwrap();
+    // As MoCo's checkpoint names them, with the head that it trained, and its momentum encoder.
+    let mut trained = renamed(&file, |name| vec![format!("module.base_encoder.{name}")]);
+    let other = trained.tensors["module.base_encoder.norm.bias"].clone();
+    for name in
+        ["base_encoder.head.0.weight", "momentum_encoder.patch_embed.proj.weight", "predictor.0.weight"]
+    {
+        trained.tensors.insert(format!("module.{name}"), other.clone());
+    }
+    assert_eq!(tokens(&trained, Some(Family::MoCoV3)).unwrap(), expected);
+
+    // MAE's features are those before the final norm, which its files have.
+    let mut file = official(&of_family(Family::DinoV1));
+    let decoder = file.tensors["norm.bias"].clone();
+    for name in ["decoder_embed.bias", "decoder_blocks.0.norm1.bias", "mask_token"] {
+        file.tensors.insert(name.to_owned(), decoder.clone());
+    }
+    let before = tokens(&file, Some(Family::Mae)).unwrap();
+    assert_ne!(before, tokens(&file, Some(Family::DinoV1)).unwrap());
+    *file.tensors.get_mut("norm.bias").unwrap() = RawTensor { bytes: [1; 64].to_vec(), ..decoder };
+    assert_eq!(tokens(&file, Some(Family::Mae)).unwrap(), before);
+}
+
+#[test]
+fn wrong_names_of_a_published_moco_are_mended() {
+    let config = VitConfig { depth: 15, ..of_family(Family::MoCoV3) };
+    let file = official(&config);
+    let published = renamed(&file, |name| {
+        let name = name.replace("13.norm1.", "13.norm13.").replace("13.mlp.fc1.", "13.mlp.fc13.");
+        vec![name.replace("14.norm2.", "14.norm14.").replace("14.mlp.fc2.", "14.mlp.fc14.")]
+    });
+    assert_ne!(published.tensors, file.tensors);
+    assert_eq!(
+        tokens(&published, Some(Family::MoCoV3)).unwrap(),
+        tokens(&file, Some(Family::MoCoV3)).unwrap()
+    );
+}
+
+#[test]
+fn heads_are_those_of_the_published_models() {
+    let of = |family: Family, widths: &[usize]| widths.iter().map(|&w| family.heads(w)).collect::<Vec<_>>();
+    assert_eq!(of(Family::DinoV2, &[384, 768, 1024, 1536]), [6, 12, 16, 24]);
+    assert_eq!(of(Family::DinoV1, &[384, 768]), [6, 12]);
+    assert_eq!(of(Family::MoCoV3, &[384, 768, 1024]), [12, 12, 16]);
+    assert_eq!(of(Family::Mae, &[768, 1024, 1280]), [12, 16, 16]);
+    assert_eq!(of(Family::IJepa, &[1280, 1408]), [16, 16]);
+    assert_eq!(of(Family::Clip, &[768, 1024]), [12, 16]);
+}
+
 #[test]
 fn the_shape_is_read_from_the_tensors() {
-    for config in [SMALL, DinoV2Config { registers: 0, swiglu: true, mlp_hidden: 24, grid: 8, ..SMALL }] {
+    for config in [SMALL, VitConfig { registers: 0, swiglu: true, mlp_hidden: 24, grid: 8, ..SMALL }] {
         assert_eq!(*open(&official(&config)).unwrap().config(), config);
     }
 }
@@ -206,9 +343,10 @@ fn the_wrong_file_is_named_with_what_is_wrong() {
         ],
     );
     expect(
-        message(&|f| drop(f.tensors.remove("cls_token"))),
-        &["neither cls_token", "blocks.0.attn.proj.bias"],
+        message(&|f| drop(f.tensors.remove("patch_embed.proj.weight"))),
+        &["none of patch_embed.proj.weight", "blocks.0.attn.proj.bias"],
     );
+    expect(message(&|f| drop(f.tensors.remove("cls_token"))), &["missing: cls_token"]);
     expect(
         message(&|f| drop(f.tensors.remove("blocks.0.mlp.fc1.weight"))),
         &["blocks.0.mlp.fc1.weight is missing"],
@@ -276,7 +414,7 @@ fn the_shipped_teacher_tells_classes_better_than_pixels_do() {
         let config = teacher.config().clone();
         let flat = config.layout().initial_values(0);
         let data = Params::from_flat(&Arc::new(config.layout()), &flat, &device);
-        VisionEncoder { model: DinoV2::bind(&config, &data), ..teacher.clone() }
+        VisionEncoder { model: Vit::bind(&config, &data), ..teacher.clone() }
     };
     let [(train, train_labels), (test, test_labels)] = split();
     let features = |encoder: &VisionEncoder, set: &[Image]| {
@@ -307,8 +445,11 @@ fn the_shipped_teacher_tells_classes_better_than_pixels_do() {
 #[test]
 fn a_pytorch_file_of_another_model_is_refused() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/reference-checkpoint.pt");
-    let text = VisionEncoder::open(&path, &Device::flex()).expect_err("a SiT checkpoint").to_string();
-    assert!(text.contains("reference-checkpoint.pt") && text.contains("neither cls_token"), "{text}");
+    let text = VisionEncoder::open(&path, None, &Device::flex()).expect_err("a SiT checkpoint").to_string();
+    assert!(
+        text.contains("reference-checkpoint.pt") && text.contains("none of patch_embed.proj.weight"),
+        "{text}"
+    );
 }
 
 #[test]

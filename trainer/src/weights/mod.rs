@@ -82,9 +82,18 @@ impl Weights {
     /// # Errors
     /// The file cannot be read, is of no known kind, or is damaged.
     pub fn open(path: &Path) -> Result<Self, WeightsError> {
+        Self::open_part(path, &[])
+    }
+
+    /// As [`Weights::open`]; of a PyTorch file only what is under the first of these keys that it has at the
+    /// top, without the key in the names, and all of it where it has none of them.
+    ///
+    /// # Errors
+    /// As for [`Weights::open`].
+    pub fn open_part(path: &Path, keys: &[&str]) -> Result<Self, WeightsError> {
         let io = |source| WeightsError::Io { path: path.to_owned(), source };
         if path.is_dir() {
-            return Self::open(&find_in_folder(path)?);
+            return Self::open_part(&find_in_folder(path)?, keys);
         }
         if path.to_string_lossy().ends_with(".index.json") {
             return open_sharded(path);
@@ -101,7 +110,11 @@ impl Weights {
         if safetensors || path.extension().is_some_and(|e| e == "safetensors") {
             Self::open_safetensors(path)
         } else {
-            TorchFile::open(path)?.tensors_at(&[])
+            let mut file = TorchFile::open(path)?;
+            match keys.iter().find(|key| file.find(&[key]).is_some()) {
+                Some(key) => file.tensors_at(&[key]),
+                None => file.tensors_at(&[]),
+            }
         }
     }
 

@@ -34,7 +34,8 @@ pub struct Arguments {
     /// Weight file of the autoencoder (SD-VAE in diffusers' layout, or the TAESD family), or `quickstart`
     #[arg(long, value_name = "FILE")]
     autoencoder: Option<PathBuf>,
-    /// Weight file of a DINOv2 encoder whose features are stored, or `quickstart-teacher`; may be repeated
+    /// Weight file of a vision encoder whose features are stored, with its family where that is needed
+    /// (`mae:FILE`), or `quickstart-teacher`; may be repeated
     #[arg(long = "encoder", value_name = "FILE")]
     encoders: Vec<PathBuf>,
     /// Width and height that images are cropped to; by default 256, or the source store's
