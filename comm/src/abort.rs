@@ -36,6 +36,11 @@ pub fn abort(code: i32, message: &str) -> ! {
     end_all(code, Some(&format!("error: {name}{message}")))
 }
 
+/// Prints on standard error, as far as there is one: `eprintln!` panics where it is closed, and the end must come.
+pub(crate) fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
 fn end_all(code: i32, line: Option<&str>) -> ! {
     if UNDER_WAY.swap(true, Ordering::SeqCst) {
         // Another thread is ending the process: its message and code stand.
@@ -44,7 +49,7 @@ fn end_all(code: i32, line: Option<&str>) -> ! {
         }
     }
     if let Some(line) = line {
-        eprintln!("{line}");
+        say(line);
     }
     // The process ends next: there is nobody to tell that the flush failed.
     let _ = std::io::stdout().flush();

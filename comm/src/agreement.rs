@@ -1,6 +1,6 @@
 //! One cause, one message: how all ranks learn that one of them failed.
 
-use crate::abort::RUNTIME_FAILURE;
+use crate::abort::{RUNTIME_FAILURE, say};
 use crate::{CommError, Communicator, ReduceOp, abort};
 
 /// What a rank has to say about its own error.
@@ -34,15 +34,17 @@ pub struct RemoteError {
 /// # Errors
 /// The lowest failing rank's.
 pub fn all_or_first_error<T>(comm: &dyn Communicator, local: Result<T, Failure>) -> Result<T, RemoteError> {
-    let broken = |error: CommError| RemoteError {
-        rank: comm.rank(),
-        host: comm.host().to_owned(),
-        message: error.to_string(),
-        code: RUNTIME_FAILURE,
-        broken: true,
+    let own = local.as_ref().err().cloned();
+    let broken = |error: CommError| {
+        // What this rank had to say comes first: it may be why the others are gone.
+        let (message, code) = match &own {
+            Some(own) => (format!("{} (and the others could not be told: {error})", own.message), own.code),
+            None => (error.to_string(), RUNTIME_FAILURE),
+        };
+        RemoteError { rank: comm.rank(), host: comm.host().to_owned(), message, code, broken: true }
     };
     let mut lowest = [if local.is_err() { comm.rank() } else { comm.size() } as i64];
-    comm.all_reduce_i64(&mut lowest, ReduceOp::Min).map_err(broken)?;
+    comm.all_reduce_i64(&mut lowest, ReduceOp::Min).map_err(&broken)?;
     let failed = lowest[0] as usize;
     if failed == comm.size() {
         // No rank failed, so this one did not either.
@@ -79,9 +81,9 @@ pub fn end_with(comm: &dyn Communicator, error: &RemoteError) -> ! {
     }
     if error.rank == comm.rank() {
         if comm.size() == 1 {
-            eprintln!("error: {}", error.message);
+            say(&format!("error: {}", error.message));
         } else {
-            eprintln!("error: {error}");
+            say(&format!("error: {error}"));
         }
     }
     if let Err(late) = comm.finalize() {

@@ -56,7 +56,7 @@ pub enum Wire {
     #[default]
     F32,
     /// Rounded to bfloat16, half the bytes. They are still added up in float32; the sum is rounded again.
-    /// (NCCL may round between the additions.)
+    /// (NCCL may round between the additions, and hierarchical sums are rounded once more, on their way between nodes.)
     Bf16,
 }
 

@@ -13,7 +13,7 @@ pub enum Launcher {
     /// OpenMPI's mpirun, with this many ranks.
     OpenMpi(usize),
     /// A PMIx host, such as `srun --mpi=pmix`.
-    Pmix,
+    Pmix(Option<usize>),
     /// A launcher that speaks PMI (MPICH's family), with this many ranks if it says so.
     Pmi(Option<usize>),
     /// A SLURM step of several tasks without PMIx or PMI: MPI would see as many jobs of one rank.
@@ -33,7 +33,7 @@ impl Launcher {
             return Self::OpenMpi(size);
         }
         if variable("PMIX_RANK").is_some() {
-            return Self::Pmix;
+            return Self::Pmix(number("SLURM_STEP_NUM_TASKS"));
         }
         if variable("PMI_RANK").is_some() {
             return Self::Pmi(number("PMI_SIZE"));
@@ -108,12 +108,14 @@ pub fn init(options: &Options) -> Result<Arc<dyn Communicator>, CommError> {
     let size = comm.size();
     let meant = match launcher {
         Launcher::OpenMpi(meant) | Launcher::Pmi(Some(meant)) => meant,
+        // Parts of a heterogeneous job count their own tasks only; alone in a step of several is never meant.
+        Launcher::Pmix(Some(tasks)) if size == 1 => tasks,
         _ => size,
     };
     let problem = if meant != size {
         Some(format!(
-            "the launcher started {meant} ranks but MPI sees {size}: mpirun belongs to another MPI than the one this \
-             program is linked with; use the mpirun of {}",
+            "the launcher started {meant} ranks but MPI sees {size}: mpirun, or srun's PMIx, belongs to another MPI than \
+             the one this program is linked with; use the mpirun of {}",
             crate::mpi::library_version()
         ))
     } else {
@@ -152,7 +154,7 @@ mod tests {
         assert_eq!(detect(&under_both), Launcher::OpenMpi(6));
         let step = [("SLURM_PROCID", "1"), ("SLURM_STEP_ID", "0"), ("SLURM_STEP_NUM_TASKS", "3")];
         assert_eq!(detect(&step), Launcher::SlurmWithoutPmix(3));
-        assert_eq!(detect(&[step[0], step[1], step[2], ("PMIX_RANK", "1")]), Launcher::Pmix);
+        assert_eq!(detect(&[step[0], step[1], step[2], ("PMIX_RANK", "1")]), Launcher::Pmix(Some(3)));
         // A batch script of a job of several tasks is one process.
         assert_eq!(detect(&[("SLURM_PROCID", "0"), ("SLURM_NTASKS", "4")]), Launcher::Bare);
         assert_eq!(detect(&[("SLURM_PROCID", "0"), ("SLURM_STEP_NUM_TASKS", "1")]), Launcher::Bare);

@@ -63,13 +63,15 @@ pub(crate) struct Worker<E> {
 const NO_STEP: u64 = u64::MAX;
 
 impl<E: Serve> Worker<E> {
-    /// Starts a thread, and in it what it is to own; `about` picks what others need to know of that.
+    /// Starts a thread, and in it what it is to own; `about` picks what others need to know of that. What takes
+    /// longer than `patience` counts as failed.
     ///
     /// # Errors
     /// Those of `start`.
     pub(crate) fn start<I: Send + 'static>(
         name: &str,
         deadline: Option<Duration>,
+        patience: Option<Duration>,
         start: impl FnOnce() -> Result<E, CommError> + Send + 'static,
         about: impl FnOnce(&E) -> I + Send + 'static,
     ) -> Result<(Self, I), CommError> {
@@ -93,8 +95,18 @@ impl<E: Serve> Worker<E> {
                 }
             })
             .map_err(|error| CommError::Start(format!("no thread for the communication: {error}")))?;
-        let (topology, info) = answer.recv().unwrap_or_else(|_| {
-            Err(CommError::Start("the communication thread failed to start".to_owned()))
+        let answered = match patience {
+            Some(patience) => answer.recv_timeout(patience),
+            None => answer.recv().map_err(Into::into),
+        };
+        let (topology, info) = answered.unwrap_or_else(|error| {
+            Err(CommError::Start(match error {
+                RecvTimeoutError::Disconnected => "the communication thread failed to start".to_owned(),
+                RecvTimeoutError::Timeout => format!(
+                    "the ranks did not find each other within {:.0} s: one of them hangs, or never came",
+                    patience.unwrap_or_default().as_secs_f64()
+                ),
+            }))
         })?;
         let worker = Self {
             topology,

@@ -67,6 +67,9 @@ pub fn thread_level() -> Option<String> {
     runs.then(|| format!("{:?}", mpi::environment::threading_support()).to_uppercase())
 }
 
+/// How much later than its parts the start as a whole is given up.
+const MARGIN: Duration = Duration::from_secs(5);
+
 /// The communicator of a job under mpirun or srun. Made by [`crate::init`].
 pub struct Mpi {
     worker: Worker<Engine>,
@@ -88,6 +91,8 @@ impl Mpi {
         let (worker, (description, place, spent)) = Worker::start(
             "communication",
             options.deadline,
+            // MPI's own part of the start has no deadline.
+            options.deadline.map(|deadline| deadline + MARGIN),
             move || Engine::start(&options),
             |engine| (engine.describe(), engine.place(), engine.spent()),
         )?;

@@ -39,7 +39,58 @@ pub(super) struct SharedMemory {
     steps: u64,
 }
 
+/// Bytes of a chunk and of a segment, between so many ranks.
+fn sizes(ranks: usize, chunk_bytes: usize) -> (usize, usize) {
+    // A multiple of 64 for every element type and rank number.
+    let chunk_bytes = chunk_bytes.next_multiple_of(4096).max(ranks * 128);
+    // MPI promises no alignment. Mappings start at pages, so all ranks find the same next multiple of 128.
+    (chunk_bytes, HEADER + 4 * chunk_bytes + ALIGNMENT)
+}
+
+/// Where MPI libraries lay shared memory on Linux.
+const PLACE: &str = "/dev/shm";
+
 impl SharedMemory {
+    /// Whether this node has room for the segments of its ranks, as far as can be seen.
+    pub(super) fn room(ranks: usize, chunk_bytes: usize) -> Result<(), CommError> {
+        // A host without it has them somewhere else, on a disk.
+        let Ok(system) = rustix::fs::statvfs(PLACE) else { return Ok(()) };
+        let (_, bytes) = sizes(ranks, chunk_bytes);
+        // OpenMPI asks for a twentieth more than it takes.
+        let needed = (ranks * bytes) as u64 / 20 * 21;
+        let free = system.f_bavail.saturating_mul(system.f_frsize);
+        if free < needed {
+            return Err(CommError::Start(format!(
+                "{PLACE} has {} MiB free where {ranks} ranks take {} MiB: make it larger (docker run --shm-size)",
+                free >> 20,
+                needed.div_ceil(1 << 20)
+            )));
+        }
+        Ok(())
+    }
+
+    /// Takes the memory of this rank's segment now: where others have it by the time it is needed, the first write
+    /// there would end the process without a word.
+    pub(super) fn reserve(&mut self) -> Result<(), CommError> {
+        let page = rustix::param::page_size();
+        let start = self.segments[self.rank].as_ptr();
+        let length = HEADER + 4 * self.chunk_bytes;
+        let before = start.addr() % page;
+        let length = (before + length).next_multiple_of(page);
+        // SAFETY: the pages of this rank's segment, which are mapped to be written; their contents stay.
+        let code = unsafe { libc::madvise(start.sub(before).cast(), length, libc::MADV_POPULATE_WRITE) };
+        if code == 0 {
+            return Ok(());
+        }
+        match std::io::Error::last_os_error() {
+            error if [Some(libc::EFAULT), Some(libc::ENOMEM)].contains(&error.raw_os_error()) => {
+                Err(CommError::Start(format!("{PLACE} is full: {error}")))
+            }
+            // Kernels before 5.14 do not know the advice.
+            _ => Ok(()),
+        }
+    }
+
     /// Makes the window: a collective over `comm`, whose ranks must be on one node. This rank is number `rank` of
     /// them; `members` are their numbers in the job.
     pub(super) fn new(
@@ -49,10 +100,7 @@ impl SharedMemory {
         chunk_bytes: usize,
     ) -> Result<Self, CommError> {
         let size = members.len();
-        // A multiple of 64 for every element type and rank number.
-        let chunk_bytes = chunk_bytes.next_multiple_of(4096).max(size * 128);
-        // MPI promises no alignment. Mappings start at pages, so all ranks find the same next multiple of 128.
-        let bytes = HEADER + 4 * chunk_bytes + ALIGNMENT;
+        let (chunk_bytes, bytes) = sizes(size, chunk_bytes);
         let mut base: *mut u8 = std::ptr::null_mut();
         // SAFETY: a constant of the library, overwritten by the call below.
         let mut window: ffi::MPI_Win = unsafe { std::mem::zeroed() };

@@ -15,6 +15,7 @@ use half::bf16;
 use mpi::environment::Universe;
 use mpi::{Threading, ffi};
 use std::ffi::c_int;
+use std::mem::ManuallyDrop;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -65,6 +66,8 @@ impl Engine {
         let Some((universe, level)) = mpi::initialize_with_threading(Threading::Multiple) else {
             return Err(CommError::Start("MPI was already started in this process (a bug)".to_owned()));
         };
+        // Not to be finalised where the start fails: that would wait for ranks that may never come.
+        let universe = ManuallyDrop::new(universe);
         if level == Threading::Single {
             return Err(CommError::Start(format!(
                 "{} gives no thread support at all (level Single, at least Funneled is needed): \
@@ -102,25 +105,41 @@ impl Engine {
         let place = Place::new(&topology);
         let (mut shared, mut hierarchy) = (None, None);
         if options.shared_memory && size > 1 && (local_size == size || place.is_some()) {
-            let members = (0..size).filter(|&rank| topology.node_of[rank] == topology.node).collect();
-            let attempt = SharedMemory::new(node_comm, topology.local_rank, members, chunk_bytes);
-            // Every rank got its view of its node's; otherwise nobody uses any.
-            let mut usable = [i64::from(attempt.is_ok())];
-            messages.run(&mut usable, ReduceOp::Min, Phases::ReduceAndGather, &mut waiter())?;
-            match (attempt, place) {
-                (Ok(memory), None) if usable[0] == 1 => shared = Some(memory),
-                (Ok(memory), Some(place)) if usable[0] == 1 => {
-                    hierarchy = Some(Hierarchy::new(memory, place, &topology, chunk_bytes)?);
-                }
-                // Left as it is: freeing would be a collective, and not all ranks have one.
-                (Ok(_), _) => {}
-                (Err(error), _) => {
+            let members: Vec<usize> =
+                (0..size).filter(|&rank| topology.node_of[rank] == topology.node).collect();
+            let mut all = |mine: Result<(), CommError>| {
+                if let Err(error) = &mine {
                     tracing::warn!("no shared memory between ranks, using messages: {error}");
+                }
+                let mut fit = [i64::from(mine.is_ok())];
+                messages.run(&mut fit, ReduceOp::Min, Phases::ReduceAndGather, &mut waiter())?;
+                Ok::<_, CommError>(fit[0] == 1)
+            };
+            // First whether there is room on every node: where there is none, OpenMPI's ranks leave each other waiting.
+            let room = match topology.local_rank {
+                0 => SharedMemory::room(members.len(), chunk_bytes),
+                _ => Ok(()),
+            };
+            if all(room)? {
+                let mut attempt = SharedMemory::new(node_comm, topology.local_rank, members, chunk_bytes);
+                // Every rank got its view of its node's; otherwise nobody uses any.
+                let reserved = match &mut attempt {
+                    Ok(memory) => memory.reserve(),
+                    Err(error) => Err(error.clone()),
+                };
+                // Where only some have it, it is left as it is: freeing would be a collective.
+                if let (Ok(memory), true) = (attempt, all(reserved)?) {
+                    match place {
+                        None => shared = Some(memory),
+                        Some(place) => {
+                            hierarchy = Some(Hierarchy::new(memory, place, &topology, chunk_bytes)?);
+                        }
+                    }
                 }
             }
         }
         Ok(Self {
-            universe: Some(universe),
+            universe: Some(ManuallyDrop::into_inner(universe)),
             world,
             topology,
             messages,

@@ -91,9 +91,7 @@ impl Library {
     pub(super) fn find() -> Result<&'static Self, String> {
         match std::env::var(VARIABLE) {
             Ok(path) if !path.is_empty() => Self::load(&path).map_err(|problem| {
-                format!(
-                    "NCCL cannot be used: {problem} (the environment variable {VARIABLE} names this file)"
-                )
+                format!("{problem} (the environment variable {VARIABLE} names this file)")
             }),
             _ => Self::find_by_name(),
         }

@@ -77,6 +77,12 @@ pub struct Available {
     pub shares_gpus: bool,
 }
 
+/// How many GPUs this process sees, by NVIDIA's driver; 0 where there is no driver that works.
+#[must_use]
+pub fn visible_gpus() -> usize {
+    driver::devices().unwrap_or(0)
+}
+
 /// Whether this host has what NCCL needs. Touches no GPU.
 ///
 /// # Errors
@@ -123,6 +129,7 @@ impl Nccl {
         let (worker, (device, description, spent, failed)) = Worker::start(
             "nccl",
             deadline,
+            None,
             move || Engine::start(bootstrap.as_ref(), device, deadline),
             |engine| (engine.device(), engine.describe(), engine.spent(), engine.failed()),
         )?;

@@ -207,7 +207,7 @@ impl Engine {
             let waited = first.started.elapsed();
             if first.deadline.is_some_and(|deadline| waited > deadline) {
                 let Some(first) = self.under_way.pop_front() else { break };
-                let error = first.who.deadline(waited);
+                let error = with_board(first.who.deadline(waited), self.board.as_deref());
                 // First the end of NCCL's work: the caller may free its memory when it is told.
                 self.fail(&error);
                 drop(first.finished.send(Err(error.clone())));

@@ -7,7 +7,7 @@ use crate::sums::{Order, Sum, input};
 use cudarc::driver::result::{self, DriverError, stream::StreamKind};
 use libtest_mimic::{Failed, Trial};
 use repa_comm::nccl::{After, CUdeviceptr, CUstream, DeviceType, DeviceValues, available};
-use repa_comm::{Communicator, Nccl, Phases, abort};
+use repa_comm::{Board, Communicator, Nccl, Phases, abort};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -84,7 +84,9 @@ fn on_stand_in() -> Vec<Trial> {
         Trial::test("nccl::stand_in::missed_deadline", || missed_deadline(stand_in(2, "deadline", &[])?)),
         Trial::test("nccl::stand_in::missed_deadline_on_device", || {
             stand_in(2, "device-deadline", &[])?
-                .expect_failure(4, "all-reduce of bucket 5 in step 9 on rank 0 of 2 gave up after 1.")
+                .expect_failure(4, "all-reduce of bucket 5 in step 9 on rank 0 of 2 gave up after 1.")?
+                // As the board has it.
+                .expect("waiting for rank 1 (rank 1 on ")
                 .map(drop)
         }),
         Trial::test("nccl::stand_in::an_error_of_nccl_is_told", || {
@@ -179,6 +181,7 @@ pub fn play(role: &str, comm: &Nccl) -> bool {
         "device-deadline" => {
             comm.set_deadline(Some(Duration::from_secs(1)));
             comm.set_step(9);
+            let _board = Board::start(comm).expect("a board");
             leave_out(comm, 1, 0, || {
                 let vector = OnDevice::new(comm, &[1.0; 1000]).expect("the driver works");
                 // SAFETY: the vector lives until the end of the process.

@@ -36,6 +36,23 @@ pub fn mpirun_stubborn(ranks: usize, role: &str, way: &str) -> Job {
     mpirun_by(&["sh", "-c", "trap '' TERM; exec \"$0\""], ranks, role, way)
 }
 
+/// The same where /dev/shm has room for 256 KiB; None where this process may not mount.
+pub fn mpirun_without_room(ranks: usize, role: &str) -> Option<Job> {
+    const SCRIPT: &str = "mount -t tmpfs -o size=256k none /dev/shm && exec \"$@\"";
+    let inside = ["unshare", "--mount", "sh", "-c", SCRIPT, "sh"];
+    let tried = Command::new(inside[0]).args(&inside[1..]).arg("true").output();
+    if !tried.is_ok_and(|output| output.status.success()) {
+        return None;
+    }
+    let program = std::env::current_exe().expect("this program has a path");
+    let mut command = limited();
+    command.args(inside).args(["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]);
+    // OpenMPI's own messages would go through that memory too.
+    command.args(["--mca", "btl", "self,tcp", "-n", &ranks.to_string()]).arg(program);
+    command.env("REPA_COMM_TEST_WAY", "shared");
+    Some(Job::new(command, role))
+}
+
 fn mpirun_by(wrapper: &[&str], ranks: usize, role: &str, way: &str) -> Job {
     let program = std::env::current_exe().expect("this program has a path");
     let mut command = limited();

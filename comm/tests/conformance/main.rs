@@ -69,6 +69,23 @@ fn main() {
                 .expect_no("shard 3")
                 .map(drop)
         }),
+        Trial::test("mpi::a_rank_that_hangs_in_the_start_is_not_waited_for", || {
+            job::mpirun(2, "absent", "shared")
+                .expect_failure(4, "the ranks did not find each other within 6 s")
+                .map(drop)
+        }),
+        Trial::test("mpi::without_room_ranks_talk_by_messages", || {
+            match job::mpirun_without_room(3, "by-messages") {
+                Some(job) => job.expect_success(3),
+                None => {
+                    println!("skipped: this process may not mount a small /dev/shm");
+                    Ok(())
+                }
+            }
+        }),
+        Trial::test("mpi::the_end_comes_without_standard_error_too", || {
+            job::mpirun(2, "closed-stderr", "shared").expect_failure(4, "")?.expect_no("came back").map(drop)
+        }),
         Trial::test("mpi::another_number_of_ranks_is_refused", || {
             let job = job::mpirun(2, "expects-three", "shared");
             job.expect_failure(2, "3 ranks were asked for and 2 started: start with `mpirun -n 3`").map(drop)

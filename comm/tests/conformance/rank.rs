@@ -17,16 +17,21 @@ fn way() -> String {
 pub fn run(role: &str) -> ! {
     let options = Options {
         shared_memory: way() != "messages",
-        deadline: Some(Duration::from_secs(60)),
+        deadline: Some(Duration::from_secs(if role == "absent" { 1 } else { 60 })),
         // Small, so that even moderate vectors take many steps.
         chunk_bytes: 64 << 10,
         expected: (role == "expects-three").then_some(3),
     };
+    if role == "absent" && std::env::var("OMPI_COMM_WORLD_RANK").is_ok_and(|rank| rank == "1") {
+        // A rank that hangs when MPI has come up.
+        let _mpi = mpi::initialize();
+        std::thread::sleep(Duration::from_secs(60));
+    }
     let comm = match init(&options) {
         Ok(comm) => comm,
         Err(error) => {
             eprintln!("error: {error}");
-            std::process::exit(2)
+            std::process::exit(if role == "absent" { 4 } else { 2 })
         }
     };
     install_panic_hook(|_| None);
@@ -60,6 +65,18 @@ fn play(role: &str, comm: &dyn Communicator, order: Order) {
                 let how = Background { phases: Phases::Reduce, wire: Wire::F32, bucket: 7 };
                 comm.start_f32(vec![1.0; 100_000], how).wait().map(drop)
             });
+        }
+        "by-messages" => assert!(comm.describe().ends_with(", messages"), "{}", comm.describe()),
+        "closed-stderr" => {
+            if comm.rank() == 1 {
+                // As where the terminal is gone.
+                let (_, closed) = std::io::pipe().expect("a pipe");
+                // SAFETY: both are open files of this process.
+                assert_ne!(unsafe { libc::dup2(std::os::fd::AsRawFd::as_raw_fd(&closed), 2) }, -1);
+                let _ = std::thread::spawn(|| abort(4, "the disk is full")).join();
+                println!("the thread came back");
+            }
+            let _ = comm.barrier();
         }
         "broadcast-deadline" => {
             comm.set_deadline(Some(Duration::from_secs(1)));

@@ -52,7 +52,7 @@ pub fn alone(_subject: &Subject) -> Vec<Line> {
 pub fn of_job(comm: &dyn Communicator, probe: &Probe) -> Vec<Line> {
     let starter = match Launcher::detect() {
         Launcher::OpenMpi(_) => "mpirun",
-        Launcher::Pmix => "a PMIx launcher, such as srun --mpi=pmix",
+        Launcher::Pmix(_) => "a PMIx launcher, such as srun --mpi=pmix",
         Launcher::Pmi(_) => "a PMI launcher",
         Launcher::Bare | Launcher::SlurmWithoutPmix(_) => "nobody",
     };
@@ -64,7 +64,7 @@ pub fn of_job(comm: &dyn Communicator, probe: &Probe) -> Vec<Line> {
         false => Line::error(RANKS, format!("{found}: the sum is wrong"), WRONG_SUM),
     };
     let mut lines = vec![library(Some(probe), None, None), ranks];
-    if comm.topology().nodes > 1 && Launcher::detect() == Launcher::Pmix {
+    if comm.topology().nodes > 1 && matches!(Launcher::detect(), Launcher::Pmix(_)) {
         lines.extend(fence_of(|name| std::env::var(name).ok()));
     }
     lines
