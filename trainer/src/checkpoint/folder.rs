@@ -13,7 +13,6 @@ use super::{
     About, Array, Checkpoint, CheckpointError, Frozen, Manifest, Part, Retention, ShardRecord, TensorRecord,
     shard,
 };
-use crate::exit::Kind;
 use crate::params::Layout;
 
 /// The checkpoints of a run, wherever they lie.
@@ -104,8 +103,7 @@ impl Checkpoints {
             let checked = self.open(step).and_then(|checkpoint| checkpoint.verify().map(|()| checkpoint));
             match checked {
                 Ok(checkpoint) => return Ok(Found { checkpoint: Some(checkpoint), passed_over }),
-                // It may be good: a place that cannot be reached says nothing of what is there.
-                Err(error) if error.kind() != Kind::Data => return Err(error),
+                Err(error) if error.may_be_good() => return Err(error),
                 Err(error) => passed_over.push(error.to_string()),
             }
         }
@@ -173,14 +171,24 @@ impl Checkpoints {
     /// # Errors
     /// One cannot be removed.
     pub fn prune(&self, retention: &Retention, metric: &str) -> Result<(), CheckpointError> {
-        let metric_of = |step| {
-            // One that cannot be read is nobody's best.
-            let manifest = (retention.best > 0).then(|| self.open(step).ok())??;
-            manifest.manifest().metrics.get(metric).copied()
-        };
-        let saved: Vec<(u64, Option<f64>)> =
-            self.list()?.steps.into_iter().map(|step| (step, metric_of(step))).collect();
-        for step in retention.surplus(&saved) {
+        // The manifest says it, also where other hosts have the shards. A damaged one is nobody's best; one that
+        // cannot be reached may be.
+        let mut unknown = Vec::new();
+        let mut saved: Vec<(u64, Option<f64>)> = Vec::new();
+        for step in self.list()?.steps {
+            let manifest = if retention.best > 0 { self.open_any(step).map(Some) } else { Ok(None) };
+            let metric = match manifest {
+                Ok(checkpoint) => checkpoint.and_then(|c| c.manifest().metrics.get(metric).copied()),
+                Err(error) => {
+                    if error.may_be_good() {
+                        unknown.push(step);
+                    }
+                    None
+                }
+            };
+            saved.push((step, metric));
+        }
+        for step in retention.surplus(&saved).into_iter().filter(|step| !unknown.contains(step)) {
             let error = |source| CheckpointError::Write { path: self.path(step), source };
             self.storage.remove(step).map_err(error)?;
         }

@@ -83,7 +83,7 @@ pub enum CheckpointError {
         source: std::io::Error,
     },
     /// A file or folder cannot be read.
-    #[error("cannot read the checkpoint {path}: {source}")]
+    #[error("cannot read the checkpoint {path}: {source}{}", passing(source))]
     Read {
         /// The file or folder.
         path: PathBuf,
@@ -137,16 +137,45 @@ fn advice(source: &std::io::Error) -> &'static str {
     }
 }
 
+/// Whether reading failed for what is there. Otherwise the file system, or the way to it, has failed.
+fn is_damage(source: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{InvalidData, IsADirectory, NotADirectory, NotFound, UnexpectedEof};
+    match ObjectError::of(source) {
+        Some(error) => error.kind == Kind::Data,
+        None => {
+            matches!(source.kind(), NotFound | UnexpectedEof | InvalidData | IsADirectory | NotADirectory)
+        }
+    }
+}
+
+/// What to do where a file could not be read that may be good.
+fn passing(source: &std::io::Error) -> &'static str {
+    match ObjectError::of(source) {
+        None if !is_damage(source) => {
+            "; it may be good: start again when the file system is well, or from an earlier one (`--resume STEP`)"
+        }
+        _ => "",
+    }
+}
+
 impl CheckpointError {
     /// What kind of error it is, for the exit code.
     #[must_use]
     pub fn kind(&self) -> Kind {
         match self {
-            Self::Read { source, .. } | Self::Write { source, .. } => {
+            Self::Read { source, .. } | Self::Write { source, .. } if ObjectError::of(source).is_some() => {
                 ObjectError::of(source).map_or(Kind::Data, |error| error.kind)
             }
+            // Nobody's restart mends permissions.
+            Self::Read { source, .. } if source.kind() == std::io::ErrorKind::PermissionDenied => Kind::Data,
+            Self::Read { source, .. } if !is_damage(source) => Kind::Runtime,
             _ => Kind::Data,
         }
+    }
+
+    /// Whether the checkpoint may be good all the same: what cannot be reached says nothing of what is there.
+    pub(crate) fn may_be_good(&self) -> bool {
+        matches!(self, Self::Read { source, .. } if !is_damage(source))
     }
 
     fn damaged(path: &Path, problem: impl Into<String>) -> Self {

@@ -11,7 +11,6 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::placement::Placement;
 use super::{Owned, State, TrainError, agree};
 use crate::checkpoint::{Array, Checkpoint, CheckpointError, Checkpoints, Stretch};
-use crate::exit::Kind;
 use crate::flat;
 use crate::params::Layout;
 
@@ -146,8 +145,7 @@ fn look(checkpoints: &Checkpoints) -> Result<Vec<Sight>, CheckpointError> {
                 let shards = (0..of).filter(|n| !missing.contains(n)).collect();
                 Sight { step, digest: xxh3_64(&text), shards, of, problem: None }
             }
-            // It may be good: a place that cannot be reached says nothing of what is there.
-            Err(error) if error.kind() != Kind::Data => return Err(error),
+            Err(error) if error.may_be_good() => return Err(error),
             Err(error) => {
                 Sight { step, digest: 0, shards: Vec::new(), of: 0, problem: Some(error.to_string()) }
             }
@@ -232,7 +230,7 @@ fn load(
     let local = match local {
         Ok(state) => Ok((state, String::new())),
         // One of another model is no damaged one, and one that cannot be reached now may be good.
-        Err(error) if error.kind() != Kind::Data || matches!(error, CheckpointError::Mismatch { .. }) => {
+        Err(error) if error.may_be_good() || matches!(error, CheckpointError::Mismatch { .. }) => {
             Err(error.into())
         }
         Err(error) => Ok((None, error.to_string())),

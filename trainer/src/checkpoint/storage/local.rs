@@ -17,6 +17,7 @@ use super::local_sink::LocalSink;
 use super::{Listed, Sink, Source, Storage, name, step_of};
 
 const PARTIAL: &str = ".partial";
+const OLD: &str = ".old";
 const ASIDE: &str = ".set-aside";
 
 /// Checkpoints as folders of one folder.
@@ -64,12 +65,13 @@ impl Storage for Local {
         let mut listed = Listed::default();
         for entry in entries {
             let entry = entry?.file_name();
-            let Some(entry) = entry.to_str().filter(|e| e.starts_with("step-") && !e.ends_with(ASIDE)) else {
-                continue;
-            };
+            let Some(entry) = entry.to_str() else { continue };
+            // Other names, such as copies that somebody made, are nobody's business.
+            let cut_short = [PARTIAL, OLD].iter().find_map(|end| step_of(entry.strip_suffix(end)?));
             match step_of(entry) {
                 Some(step) => listed.steps.push(step),
-                None => listed.unfinished.push(entry.to_owned()),
+                None if cut_short.is_some() => listed.unfinished.push(entry.to_owned()),
+                None => {}
             }
         }
         listed.steps.sort_unstable();
@@ -92,7 +94,7 @@ impl Storage for Local {
         }
         File::open(&growing)?.sync_all()?;
         // The same step may have been saved by a run that was gone on with from an earlier one.
-        let old = complete.with_extension("old");
+        let old = self.folder.join(name(step) + OLD);
         if complete.exists() {
             fs::rename(&complete, &old)?;
         }
