@@ -68,7 +68,10 @@ pub fn load(sources: &Sources) -> Result<Loaded, ConfigError> {
         }
     }
     for argument in &sources.arguments {
-        let (key, value) = argument.split_once('=').ok_or_else(|| ConfigError::Argument(argument.clone()))?;
+        let (key, value) = argument
+            .split_once('=')
+            .filter(|(key, _)| key.split('.').all(|part| !part.trim().is_empty()))
+            .ok_or_else(|| ConfigError::Argument(argument.clone()))?;
         layers.push(Layer::single(key.trim(), value.trim(), format!("argument {argument}")));
     }
     for layer in &layers {
@@ -117,7 +120,7 @@ impl Layer {
             .unwrap_or_else(|| toml::Value::String(value.to_owned()));
         let value = Value::serialize(parsed).expect("TOML values serialise");
         let Value::Dict(_, dict) = figment::util::nest(key, value) else {
-            unreachable!("nesting under a key gives a dictionary")
+            unreachable!("nesting under a key gives a dictionary: empty ones are refused before")
         };
         Self { name, dict }
     }
@@ -175,7 +178,8 @@ fn read(source: &Source) -> Result<Layer, ConfigError> {
 /// `REPA_TRAIN__STEPS` is `train.steps`; other variables that begin with REPA_ are not settings.
 fn environment_key(name: &str) -> Option<String> {
     let rest = name.strip_prefix("REPA_")?;
-    (rest.contains("__") || rest == "DEVICE").then(|| rest.replace("__", ".").to_lowercase())
+    let key = (rest.contains("__") || rest == "DEVICE").then(|| rest.replace("__", ".").to_lowercase())?;
+    key.split('.').all(|part| !part.is_empty()).then_some(key)
 }
 
 fn flatten(prefix: &str, value: &Value, visit: &mut dyn FnMut(&str, &Value)) {
@@ -262,6 +266,16 @@ mod tests {
             ],
             arguments: arguments.iter().map(|a| (*a).to_owned()).collect(),
         }
+    }
+
+    #[test]
+    fn a_key_without_a_name_is_refused() {
+        for argument in ["=5", ".train.steps=5", "train..steps=5", "train.=5", " =5", "steps"] {
+            let error = load(&sources(&[argument])).expect_err(argument);
+            assert!(matches!(&error, ConfigError::Argument(text) if text == argument), "{error}");
+        }
+        assert_eq!(environment_key("REPA____STEPS"), None);
+        assert_eq!(environment_key("REPA_TRAIN__"), None);
     }
 
     #[test]

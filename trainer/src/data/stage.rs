@@ -47,7 +47,11 @@ pub fn stage(
         progress(done, total);
         Ok(())
     });
-    agree(comm, copied)?;
+    // Hosts take as long as their disks do.
+    comm.set_deadline(None);
+    let agreed = agree(comm, copied);
+    comm.set_deadline(Some(super::build::DEADLINE));
+    agreed?;
     // All ranks have agreed, so the node's first one can make it whole.
     let whole = if comm.local_rank() == 0 { commit(from, to, index) } else { Ok(()) };
     agree(comm, whole)?;

@@ -119,10 +119,8 @@ pub fn start(config: &TelemetryConfig, identity: &Identity) -> Result<Exporter, 
     let drive = move || runtime.block_on(std::future::pending::<()>());
     std::thread::Builder::new().name("metrics".into()).spawn(drive).map_err(failed)?;
     announce(identity);
-    let gpu = match identity.device.as_str() {
-        "cuda" => Some(identity.local_rank),
-        device => crate::config::cuda_index(device),
-    };
+    let device = identity.device.as_str();
+    let gpu = device.starts_with("cuda").then(|| crate::train::cuda_ordinal(device, identity.local_rank));
     if let Err(error) = host::start(gpu) {
         tracing::warn!("no metrics of the process: {error}");
     }

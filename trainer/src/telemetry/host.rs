@@ -33,7 +33,29 @@ pub(super) fn start(gpu: Option<usize>) -> std::io::Result<()> {
 #[cfg(feature = "cuda")]
 struct Gpu {
     nvml: nvml_wrapper::Nvml,
-    number: u32,
+    which: Which,
+}
+
+/// How a GPU is named.
+#[cfg(feature = "cuda")]
+#[derive(Debug, PartialEq, Eq)]
+enum Which {
+    /// Among all of the host.
+    Number(u32),
+    /// `GPU-…` or `MIG-…`, as schedulers name those that a job may use.
+    Uuid(String),
+}
+
+#[cfg(feature = "cuda")]
+impl Which {
+    /// The one that CUDA calls `number` where these are visible: the library counts all GPUs of the host, CUDA those
+    /// that it is allowed to see.
+    fn of(visible: &str, number: usize) -> Option<Self> {
+        match visible.split(',').nth(number).map(str::trim) {
+            None | Some("") => u32::try_from(number).ok().map(Self::Number),
+            Some(name) => Some(name.parse().map_or_else(|_| Self::Uuid(name.to_owned()), Self::Number)),
+        }
+    }
 }
 
 #[cfg(feature = "cuda")]
@@ -41,17 +63,18 @@ impl Gpu {
     /// None where there is no such library or GPU: training does not need it.
     fn open(number: usize) -> Option<Self> {
         let nvml = nvml_wrapper::Nvml::init().inspect_err(|e| tracing::debug!("no GPU metrics: {e}")).ok()?;
-        // The library counts all GPUs of the host, CUDA those that it is allowed to see.
-        let visible = std::env::var("CUDA_VISIBLE_DEVICES").unwrap_or_default();
-        let listed = visible.split(',').nth(number).and_then(|n| n.trim().parse().ok());
-        let number = listed.or_else(|| u32::try_from(number).ok())?;
-        Some(Self { nvml, number })
+        let which = Which::of(&std::env::var("CUDA_VISIBLE_DEVICES").unwrap_or_default(), number)?;
+        Some(Self { nvml, which })
     }
 
     fn collect(&self) {
         use super::names;
         use metrics::gauge;
-        let Ok(device) = self.nvml.device_by_index(self.number) else { return };
+        let device = match &self.which {
+            Which::Number(number) => self.nvml.device_by_index(*number),
+            Which::Uuid(uuid) => self.nvml.device_by_uuid(uuid.as_str()),
+        };
+        let Ok(device) = device else { return };
         if let Ok(memory) = device.memory_info() {
             gauge!(names::GPU_MEMORY_USED_BYTES).set(memory.used as f64);
             gauge!(names::GPU_MEMORY_TOTAL_BYTES).set(memory.total as f64);
@@ -74,4 +97,18 @@ impl Gpu {
 
     #[expect(clippy::unused_self, reason = "as in a build with CUDA")]
     fn collect(&self) {}
+}
+
+#[cfg(all(test, feature = "cuda"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gpu_is_found_by_what_its_scheduler_calls_it() {
+        let of = |visible: &str, number| Which::of(visible, number);
+        assert_eq!(of("", 3), Some(Which::Number(3)));
+        assert_eq!(of("4, 6", 1), Some(Which::Number(6)));
+        assert_eq!(of("GPU-5a,GPU-7c", 1), Some(Which::Uuid("GPU-7c".to_owned())));
+        assert_eq!(of("2", 1), Some(Which::Number(1)));
+    }
 }

@@ -11,18 +11,23 @@ use super::names;
 use crate::train::{Details, TIMESTEP_PARTS};
 
 /// One line of `metrics.jsonl`. Losses are means over the global batch; times are rank 0's, in
-/// seconds. Numbers carry 9 significant digits.
+/// seconds. Numbers carry 9 significant digits; losses and norms that are not finite are `null` there, for which
+/// JSON has no other word, and read as NaN.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StepRecord {
     /// Optimizer steps done, this one included.
     pub step: u64,
     /// denoising_loss + coefficient x alignment_loss.
+    #[serde(deserialize_with = "or_nan")]
     pub loss: f64,
     /// Mean squared error of the velocity.
+    #[serde(deserialize_with = "or_nan")]
     pub denoising_loss: f64,
     /// Negative mean cosine similarity with the encoders' tokens.
+    #[serde(deserialize_with = "or_nan")]
     pub alignment_loss: f64,
     /// Global gradient norm before clipping.
+    #[serde(deserialize_with = "or_nan")]
     pub grad_norm: f64,
     /// Whether the step was left out because that norm was not finite.
     pub skipped: bool,
@@ -46,6 +51,10 @@ pub struct StepRecord {
     /// Time after the step that a checkpoint kept training waiting.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub snapshot_seconds: f64,
+}
+
+fn or_nan<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    Ok(Option::<f64>::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
@@ -177,6 +186,8 @@ fn significant(x: f64) -> f64 {
 #[derive(Debug)]
 pub struct RunLog {
     file: File,
+    /// Whether part of a line may stand at the end.
+    torn: bool,
 }
 
 impl RunLog {
@@ -194,17 +205,19 @@ impl RunLog {
         let part = path.with_extension("jsonl.part");
         std::fs::write(&part, kept)?;
         std::fs::rename(&part, path)?;
-        Ok(Self { file: OpenOptions::new().append(true).open(path)? })
+        Ok(Self { file: OpenOptions::new().append(true).open(path)?, torn: false })
     }
 
-    /// Appends a step.
+    /// Appends a step. After an error the next one begins a line of its own.
     ///
     /// # Errors
     /// The file cannot be written.
     pub fn write(&mut self, record: &StepRecord) -> io::Result<()> {
-        let mut line = serde_json::to_string(record).expect("a record serialises");
-        line.push('\n');
-        self.file.write_all(line.as_bytes())
+        let line = serde_json::to_string(record).expect("a record serialises");
+        let before = if self.torn { "\n" } else { "" };
+        let written = self.file.write_all(format!("{before}{line}\n").as_bytes());
+        self.torn = written.is_err();
+        written
     }
 }
 
@@ -274,5 +287,38 @@ mod tests {
         let steps: Vec<u64> = read_log(&path).expect("readable").iter().map(|r| r.step).collect();
         assert_eq!(steps, [1, 2, 3, 4]);
         assert_eq!(std::fs::read_to_string(&path).expect("text").lines().count(), 4);
+    }
+
+    #[test]
+    fn a_step_that_was_left_out_stays_in_the_log() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = log_path(folder.path());
+        let mut log = RunLog::open(&path, 0).expect("new");
+        for (step, norm) in [(1, 0.5), (2, f64::NAN), (3, f64::INFINITY)] {
+            let skipped = !norm.is_finite();
+            log.write(&StepRecord { grad_norm: norm, loss: norm, skipped, ..record(step) }).expect("written");
+        }
+        RunLog::open(&path, 3).expect("reopened");
+        let steps = read_log(&path).expect("readable");
+        assert_eq!(
+            steps.iter().map(|r| (r.step, r.skipped)).collect::<Vec<_>>(),
+            [(1, false), (2, true), (3, true)]
+        );
+        assert!(steps[1].grad_norm.is_nan() && steps[2].loss.is_nan(), "{steps:?}");
+    }
+
+    #[test]
+    fn a_line_that_was_cut_short_takes_no_other_with_it() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = log_path(folder.path());
+        let mut log = RunLog::open(&path, 0).expect("new");
+        log.write(&record(1)).expect("written");
+        // As a full disk leaves it.
+        log.file.write_all(b"{\"step\":2,\"lo").expect("written");
+        log.torn = true;
+        log.write(&record(3)).expect("written");
+        log.write(&record(4)).expect("written");
+        let steps: Vec<u64> = read_log(&path).expect("readable").iter().map(|r| r.step).collect();
+        assert_eq!(steps, [1, 3, 4]);
     }
 }

@@ -51,7 +51,7 @@ fn nccl(config: &Config, comm: Arc<dyn Communicator>) -> Result<Arc<dyn Communic
             return Ok(comm);
         }
     }
-    let ordinal = crate::config::cuda_index(&config.device.0).unwrap_or(comm.local_rank());
+    let ordinal = super::session::cuda_ordinal(&config.device.0, comm.local_rank());
     let deadline = super::deadline(config);
     match nccl::Nccl::start(Arc::clone(&comm), ordinal, Some(deadline)) {
         Ok(started) => Ok(Arc::new(started)),

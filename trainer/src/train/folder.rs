@@ -5,6 +5,7 @@ use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 
 use super::TrainError;
 use crate::checkpoint::Checkpoints;
@@ -34,11 +35,19 @@ impl RunFolder {
             .write(true)
             .open(&lock_path)
             .map_err(io("write to"))?;
-        if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
-            let mut holder = String::new();
-            // The holder's name is a courtesy; the lock itself has spoken.
-            let _ = lock.read_to_string(&mut holder);
-            return Err(TrainError::InUse { path: path.to_owned(), holder: holder.trim().to_owned() });
+        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(Errno::WOULDBLOCK) => {
+                let mut holder = String::new();
+                // The holder's name is a courtesy; the lock itself has spoken.
+                let _ = lock.read_to_string(&mut holder);
+                return Err(TrainError::InUse { path: path.to_owned(), holder: holder.trim().to_owned() });
+            }
+            // Lustre without `-o flock`, NFS without lockd: a run there is better than none.
+            Err(error) => tracing::warn!(
+                "{} cannot be locked ({error}): nothing keeps a second run from writing there",
+                lock_path.display()
+            ),
         }
         let name = format!("process {} on {host}\n", std::process::id());
         lock.set_len(0)

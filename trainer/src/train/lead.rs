@@ -22,6 +22,8 @@ pub(super) struct Lead {
     /// Held for its lock.
     _folder: RunFolder,
     log: RunLog,
+    /// Whether the last write to the log failed, and has been told.
+    log_failed: bool,
     pub(super) events: Events,
     /// None where none are asked for, or one could not be written.
     tensorboard: Option<EventFile>,
@@ -61,19 +63,19 @@ impl Lead {
         };
         let watch = Watch::start(board.clone(), setting)
             .map_err(|e| TrainError::Setup { what: "the watching thread", problem: e.to_string() })?;
-        Ok(Self { _folder: folder, log, events, tensorboard, progress, watch })
+        Ok(Self { _folder: folder, log, log_failed: false, events, tensorboard, progress, watch })
     }
 
-    /// Passes a step on to log and progress.
-    pub(super) fn tell(&mut self, record: &StepRecord, config: &Config) -> Result<(), TrainError> {
-        self.log.write(record).map_err(|source| TrainError::Folder {
-            path: config.run.dir.clone(),
-            problem: "write to",
-            source,
-        })?;
+    /// Passes a step on to log and progress. A log that cannot be written is no reason to lose a run.
+    pub(super) fn tell(&mut self, record: &StepRecord, config: &Config) {
+        let written = self.log.write(record);
+        if let (Err(error), false) = (&written, self.log_failed) {
+            let path = log_path(&config.run.dir);
+            self.progress.line(&format!("cannot write to {}: {error}. Training goes on", path.display()));
+        }
+        self.log_failed = written.is_err();
         self.tensorboard(|file| file.step(record));
         self.progress.step(record);
-        Ok(())
     }
 
     /// Passes a step's sample images on, or says why there are none.

@@ -40,6 +40,7 @@ pub use compute::{Compute, Details, LossSums, TIMESTEP_PARTS};
 pub use error::TrainError;
 pub use folder::{RunFolder, checkpoints, checkpoints_of, targets};
 pub use inputs::Inputs;
+pub(crate) use session::cuda_ordinal;
 pub use session::{device, use_threads};
 pub use state::{Owned, State};
 pub use status::{RankLine, Status, status_path};
@@ -66,6 +67,10 @@ pub fn train(
 ) -> Result<Outcome, RemoteError> {
     let config = &loaded.config;
     let mut session = begin(loaded, comm.as_ref(), stop)?;
+    if session.learner.state.step >= config.train.steps && !session.is_durable() {
+        // Gone on from another run's checkpoint, which has all the steps already.
+        end_unless_agreed(session.save(config, comm.as_ref(), stop), comm.as_ref())?;
+    }
     let outcome = loop {
         if session.learner.state.step >= config.train.steps {
             break Outcome::Done;

@@ -166,10 +166,10 @@ impl Session {
         if self.lead.is_some() && (record.step == 1 || record.step.is_multiple_of(NORM_EVERY)) {
             gauge!(names::PARAMETER_NORM).set(self.learner.parameter_norm()?);
         }
-        match &mut self.lead {
-            Some(lead) => lead.tell(record, run),
-            None => Ok(()),
+        if let Some(lead) = &mut self.lead {
+            lead.tell(record, run);
         }
+        Ok(())
     }
 
     /// Draws a grid of sample images, if one is due after this step. Called by all ranks. Comes before the step's save,
@@ -204,6 +204,11 @@ impl Session {
         self.board.publish_phase(Phase::Idle);
         events.iter().for_each(|event| self.say(event));
         Ok(())
+    }
+
+    /// Whether this state is a durable checkpoint of the run.
+    pub(super) fn is_durable(&self) -> bool {
+        self.saver.check_durable(self.learner.state.step).is_ok()
     }
 
     /// Waits for the last save, which has to be this state's.
@@ -247,7 +252,10 @@ impl Session {
             exporter.finish();
         }
         let Some(lead) = self.lead else { return Ok(()) };
-        lead.targets(config, &[])?;
+        // Not worth the failure of a run that is done.
+        if let Err(error) = lead.targets(config, &[]) {
+            tracing::warn!("{error}");
+        }
         lead.progress.finish();
         Ok(())
     }
@@ -287,8 +295,20 @@ pub fn device(name: &str, local_rank: usize) -> Result<Device, TrainError> {
     if name == "wgpu" {
         return wgpu_device();
     }
-    let index = crate::config::cuda_index(name).unwrap_or(local_rank);
-    cuda_device(name, index)
+    cuda_device(name, cuda_ordinal(name, local_rank))
+}
+
+/// The number of a rank's GPU among those that it sees: the one that the configuration names, or else the local rank's.
+/// Where a rank sees one GPU alone (`srun --gpus-per-task=1`), that is its own.
+#[cfg(feature = "cuda")]
+pub(crate) fn cuda_ordinal(name: &str, local_rank: usize) -> usize {
+    let own = || if repa_comm::nccl::visible_gpus() == 1 { 0 } else { local_rank };
+    crate::config::cuda_index(name).unwrap_or_else(own)
+}
+
+#[cfg(not(feature = "cuda"))]
+pub(crate) fn cuda_ordinal(name: &str, local_rank: usize) -> usize {
+    crate::config::cuda_index(name).unwrap_or(local_rank)
 }
 
 /// Has burn's fusion take operations in the program's order. By default it follows up to five unrelated chains at once:

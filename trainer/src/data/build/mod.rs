@@ -30,7 +30,7 @@ use progress::Board;
 const HOPELESS: usize = 100;
 
 /// How long the ranks may wait for each other's part of small agreements.
-const DEADLINE: Duration = Duration::from_secs(600);
+pub(super) const DEADLINE: Duration = Duration::from_secs(600);
 
 /// Samples by number, in a form of their own.
 pub trait Source: Sync {
