@@ -11,8 +11,8 @@ endif
 REPA = $(CARGO_TARGET_DIR)/release/repa-dist
 CARGO = cargo
 RANKS ?= 2
-# More ranks than cores is slow but works; OpenMPI wants to be told.
-MPIRUN = mpirun $(shell [ $$(nproc) -ge $(RANKS) ] || echo --oversubscribe) -n $(RANKS)
+# More ranks than cores is slow but works; OpenMPI wants to be told, and counts no second thread of a core.
+MPIRUN = mpirun --oversubscribe -n $(RANKS)
 
 .PHONY: help setup build run test soak bench bench-pytorch lint check-cuda check-gpu check-nvidia dashboards-check
 

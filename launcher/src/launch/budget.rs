@@ -22,8 +22,10 @@ impl Budget {
     /// Takes a restart after a failure, if one is left: the pause before it.
     pub fn take(&mut self, durable: Option<u64>) -> Option<Duration> {
         if durable > self.durable {
-            (self.used, self.durable) = (0, durable);
+            self.used = 0;
         }
+        // It is lower where the run was sent back: then what comes after that counts.
+        self.durable = durable;
         if self.used >= self.allowed {
             return None;
         }
@@ -49,6 +51,8 @@ mod tests {
         assert_eq!([take(None), take(None), take(Some(5)), take(Some(5))], [1, 2, 1, 2].map(Some));
         assert_eq!([take(Some(5)), take(Some(5)), take(Some(5))], [Some(4), None, None]);
         assert_eq!(take(Some(6)), Some(1));
+        // Sent back: later steps are new again.
+        assert_eq!([take(Some(2)), take(Some(3)), take(Some(3))], [Some(2), Some(1), Some(2)]);
         assert_eq!(Budget::new(0, None).take(Some(7)), None);
         let mut long = Budget::new(100, None);
         let pauses: Vec<u64> = (0..9).filter_map(|_| long.take(None)).map(|p| p.as_secs()).collect();

@@ -99,7 +99,8 @@ impl Line {
             }
             let list: Vec<String> = hosts.iter().map(|h| format!("{}:{}", h.host, h.ranks)).collect();
             add(&["-H", &list.join(",")]);
-        } else if crowded {
+        } else {
+            // mpirun would count cores where processors are threads of them.
             add(&["--oversubscribe"]);
         }
         for name in exported(names) {
@@ -189,7 +190,8 @@ mod tests {
         let one = line().words(&Placement::Local(2), &train, &[]);
         assert_eq!(
             quoted(&one),
-            "mpirun --tag-output --mca repa_launch_job j --bind-to none --wdir /here -n 2 /bin/repa-dist train \
+            "mpirun --tag-output --mca repa_launch_job j --bind-to none --oversubscribe --wdir /here -n 2 \
+             /bin/repa-dist train \
              train.steps=5 'run.dir=my run'"
         );
         let crowded = quoted(&line().words(&Placement::Local(5), &[], &[]));

@@ -35,8 +35,13 @@ impl Requests {
     /// # Errors
     /// The handlers cannot be set.
     pub fn listen(limit: Option<Duration>) -> io::Result<Self> {
+        let mut heard = vec![SIGINT, SIGTERM, SIGUSR1];
+        if !is_ignored(SIGHUP) {
+            // Otherwise nohup has started this: it is to go on when the terminal is gone.
+            heard.push(SIGHUP);
+        }
         Ok(Self {
-            signals: Signals::new([SIGHUP, SIGINT, SIGTERM, SIGUSR1])?,
+            signals: Signals::new(heard)?,
             first: None,
             second: None,
             until: limit.and_then(|limit| Instant::now().checked_add(limit)),
@@ -72,6 +77,16 @@ impl Requests {
             Some(signal) => signal_hook::low_level::signal_name(signal).unwrap_or("a signal").to_owned(),
             None => "--max-hours".to_owned(),
         }
+    }
+}
+
+/// Whether this process was started with a signal ignored.
+fn is_ignored(signal: i32) -> bool {
+    let mut now = std::mem::MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: with no new action the call only writes the present one to `now`, which is live and zeroed.
+    unsafe {
+        libc::sigaction(signal, std::ptr::null(), now.as_mut_ptr()) == 0
+            && now.assume_init().sa_sigaction == libc::SIG_IGN
     }
 }
 

@@ -222,7 +222,7 @@ impl Said {
             let name = after(rest, "exited on signal ")
                 .and_then(|rest| Some(rest.split_once('(')?.1.split_once(')')?.0.to_owned()));
             if let (Some(rank), Some(signal)) = (number(rest), signal) {
-                let host = placement.host_of(rank).or(host).unwrap_or_default();
+                let host = host.or_else(|| placement.host_of(rank)).unwrap_or_default();
                 said.signalled = Some((rank, host, signal, name.unwrap_or_default()));
             }
         }

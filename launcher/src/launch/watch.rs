@@ -145,6 +145,10 @@ impl Watch {
             // What was no step's time: the next one's begins.
             self.progressed = Instant::now();
         }
+        // Lower than what was there where the run was sent back (`--resume STEP`): later ones are set aside by then.
+        if self.status.is_none() && status.durable.is_some() && status.durable < self.durable {
+            self.durable = status.durable;
+        }
         self.status = Some(status);
     }
 
@@ -316,5 +320,33 @@ mod tests {
         status(unix_time());
         watch.look();
         assert!(!watch.between_steps() && watch.progressed() > before);
+    }
+
+    #[test]
+    fn a_run_that_is_sent_back_has_what_it_was_sent_back_to() {
+        let run = tempfile::tempdir().expect("a folder");
+        let checkpoints = Checkpoints::at(&run.path().join("checkpoints"));
+        for step in [50, 100] {
+            std::fs::create_dir_all(run.path().join(format!("checkpoints/step-{step:08}"))).expect("made");
+        }
+        let mut watch = Watch::begin(run.path(), &checkpoints);
+        assert_eq!(watch.durable(), Some(100));
+        std::fs::rename(
+            run.path().join("checkpoints/step-00000100"),
+            run.path().join("checkpoints/step-00000100.1.set-aside"),
+        )
+        .expect("renamed");
+        let status = |durable: u64| {
+            let text = serde_json::json!({
+                "time": unix_time(), "state": "training", "step": 51, "steps": 200, "durable": durable,
+                "between_steps": false, "ranks": []});
+            std::fs::write(run.path().join("status.json"), text.to_string()).expect("written");
+        };
+        status(50);
+        watch.look();
+        assert_eq!(watch.durable(), Some(50));
+        status(60);
+        watch.look();
+        assert_eq!(watch.durable(), Some(60));
     }
 }

@@ -2,6 +2,8 @@
 
 use std::fmt::Write;
 
+use repa_trainer::checkpoint::storage::is_url;
+
 use super::{Job, Launch, quoted, quoted_path};
 
 /// Longest line of the command in the script's head.
@@ -108,7 +110,11 @@ fn places(job: &Job) -> String {
         for (number, point) in job.sweep.iter().enumerate() {
             let values: Vec<String> = point.values.iter().map(|value| quoted(value)).collect();
             let run = quoted_path(&job.run.join(&point.name));
-            let _ = writeln!(text, "    {number}) run={run} values=({}) ;;", values.join(" "));
+            let checkpoints = match &job.checkpoints {
+                Some(folder) => format!("checkpoints={} ", quoted_path(&folder.join(&point.name))),
+                None => String::new(),
+            };
+            let _ = writeln!(text, "    {number}) run={run} {checkpoints}values=({}) ;;", values.join(" "));
         }
         let _ = write!(
             text,
@@ -178,7 +184,11 @@ fn command(job: &Job) -> String {
         .expect("a String takes all");
     }
     if !job.sweep.is_empty() {
-        text.push_str("    \"run.dir=$run\"\n    \"${values[@]}\"\n");
+        text.push_str("    \"run.dir=$run\"\n");
+        if job.checkpoints.is_some() {
+            text.push_str("    \"checkpoint.dir=$checkpoints\"\n");
+        }
+        text.push_str("    \"${values[@]}\"\n");
     }
     text.push_str(")\n");
     text
@@ -250,19 +260,40 @@ fn stops(job: &Job) -> String {
         ),
     }
     text.push_str(
-        "\nstarts=${SLURM_RESTART_COUNT:-0}\nprogress=$logs/.progress-$job\nstarted=$logs/.started-$job\n\
-         touch \"$started\"\n\"${launch[@]}\" \"${train[@]}\" &\nlauncher=$!\nwait \"$launcher\"\n\
+        "\nstarts=${SLURM_RESTART_COUNT:-0}\nprogress=$logs/.progress-$job\nstarted=$logs/.started-$job\n",
+    );
+    text.push_str(&saved(job));
+    text.push_str(
+        "# The start before may have ended together with its node or its script, unseen.\n\
+         if [ -e \"$started\" ] && saved; then echo \"$starts\" >\"$progress\"; fi\n\
+         durable >\"$started\"\n\"${launch[@]}\" \"${train[@]}\" &\nlauncher=$!\nwait \"$launcher\"\n\
          while kill -0 \"$launcher\" 2>/dev/null; do wait \"$launcher\"; done # a signal ends a wait\n\
          wait \"$launcher\"\ncode=$?\n",
     );
     text
 }
 
+/// Shell functions: how many checkpoints have become durable, and whether one has since the start.
+fn saved(job: &Job) -> String {
+    match &job.checkpoints {
+        Some(place) if is_url(place) => "durable() { grep -c '\"kind\":\"durable\"' \"$run/events.jsonl\" 2>/dev/null || \
+                                         true; }\nsaved() { [ \"$(durable)\" -gt \"$(cat \"$started\")\" ]; }\n"
+            .to_owned(),
+        place => {
+            let folder = match place {
+                None => "\"$run/checkpoints\"".to_owned(),
+                Some(_) if !job.sweep.is_empty() => "\"$checkpoints\"".to_owned(),
+                Some(folder) => quoted_path(folder),
+            };
+            format!(
+                "durable() {{ date '+%F %T'; }} # which files are newer says what is\n\
+                 saved() {{ [ -n \"$(find {folder} -name manifest.json -newer \"$started\" 2>/dev/null)\" ]; }}\n"
+            )
+        }
+    }
+}
+
 fn ending(job: &Job) -> String {
-    let checkpoints = match &job.checkpoints {
-        Some(folder) => quoted_path(folder),
-        None => "\"$run/checkpoints\"".to_owned(),
-    };
     let (codes, given_up) = match job.launch {
         Launch::Srun | Launch::Mpirun => (
             "# Exit codes: 0 trained; 75 stopped and saved; 2 and 3 wrong settings or data, where starting again \
@@ -299,7 +330,7 @@ if [ "$run/STOP" -nt "$started" ]; then
 fi
 # When the first ranks have stopped, the launcher ends those that are a little late, and its code may be theirs: what
 # counts is whether this start has saved anything.
-if [ -n "$stopping" ] || [ -n "$(find {checkpoints} -name manifest.json -newer "$started" 2>/dev/null)" ]; then
+if [ -n "$stopping" ] || saved; then
     echo "$((starts + 1))" >"$progress"
     requeue "exit code $code, with a checkpoint to go on from"
 fi

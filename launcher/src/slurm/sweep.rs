@@ -27,9 +27,9 @@ pub fn points(lists: &[String]) -> Result<Vec<Point>, Failure> {
                 "--array {list}: write a key and its values, such as optimizer.learning_rate=1e-4,2e-4"
             )));
         }
-        if key == "run.dir" || keys.iter().any(|(known, _)| *known == key) {
-            let problem =
-                if key == "run.dir" { "each run has a folder of its own" } else { "it is there twice" };
+        let own = key == "run.dir" || key == "checkpoint.dir";
+        if own || keys.iter().any(|(known, _)| *known == key) {
+            let problem = if own { "each run has a folder of its own" } else { "it is there twice" };
             return Err(Failure::usage(format!("--array {list}: {problem}")));
         }
         keys.push((key, values));
