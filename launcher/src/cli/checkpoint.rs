@@ -107,6 +107,12 @@ struct Import {
     /// Block after which the projectors read, where the file does not say
     #[arg(long, value_name = "N")]
     encoder_depth: Option<usize>,
+    /// Steps behind the weights, where neither the file nor its name says it
+    #[arg(long, value_name = "N")]
+    step: Option<u64>,
+    /// Leave AdamW's state out where the file has it
+    #[arg(long)]
+    weights_only: bool,
 }
 
 pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
@@ -331,7 +337,12 @@ fn import(arguments: &Import) -> Result<Outcome, Failure> {
     let run = &arguments.run;
     // Held until the end, so that no run trains into the folder meanwhile.
     let folder = RunFolder::claim(run, "this host")?;
-    let options = Options { num_heads: arguments.num_heads, encoder_depth: arguments.encoder_depth };
+    let options = Options {
+        num_heads: arguments.num_heads,
+        encoder_depth: arguments.encoder_depth,
+        steps: arguments.step,
+        weights_only: arguments.weights_only,
+    };
     let progress = bar("importing", "tensors");
     let checkpoints = run.join("checkpoints");
     let imported = reference::import(&arguments.file, &checkpoints, &options, &mut |done, total| {
@@ -347,7 +358,13 @@ fn import(arguments: &Import) -> Result<Outcome, Failure> {
     for sentence in &imported.assumed {
         println!("assumed: {sentence}");
     }
-    println!("\nGo on with:");
+    let run = run.display();
+    println!("\nDraw images with:");
+    println!("  repa-dist sample --run {run} --per-class 1 sample.autoencoder=AUTOENCODER");
+    println!("Go on training with:");
     println!("  mpirun -n 2 repa-dist --config {} data.dir=STORE", config.display());
+    if !imported.config.alignment.z_dims.is_empty() {
+        println!("  and 'alignment.encoders=[\"FILE\"]' where STORE has images and no features");
+    }
     Ok(Outcome::Done)
 }

@@ -16,6 +16,7 @@ pub fn check(case: &Case) -> Result<(), String> {
     let options = Options {
         num_heads: Some(case.usize("num_heads", 16)),
         encoder_depth: Some(case.usize("encoder_depth", 8)),
+        ..Options::default()
     };
     let imported = import(&file, &scratch.path().join("checkpoints"), &options, &mut |_, _| ())
         .map_err(|e| e.to_string())?;

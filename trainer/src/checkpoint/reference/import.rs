@@ -16,6 +16,10 @@ pub struct Options {
     pub num_heads: Option<usize>,
     /// The block after which the projectors read.
     pub encoder_depth: Option<usize>,
+    /// Steps behind the weights.
+    pub steps: Option<u64>,
+    /// To leave AdamW's state out where there is one.
+    pub weights_only: bool,
 }
 
 /// A checkpoint that has been imported.
@@ -25,6 +29,8 @@ pub struct Imported {
     pub path: PathBuf,
     /// Where the run stood.
     pub progress: Progress,
+    /// Whether AdamW's state came along.
+    pub whole: bool,
     /// The run's configuration, as far as the file says; defaults for the rest.
     pub config: Config,
     /// A sentence about each setting that matters and that the file does not say.
@@ -44,9 +50,10 @@ impl Imported {
 /// 6e-8; other libraries' sines differ by about as much.
 const FROZEN_TOLERANCE: f32 = 1e-5;
 
-/// Imports a checkpoint of the reference's (`.pt`, zip archive or old pickle) or an export of our own with
-/// everything in it, as the first checkpoint of `folder`, a run's folder of checkpoints. The arrays are in
-/// memory at once: 16 bytes a parameter. `progress` is called with tensors done and to do.
+/// Imports a checkpoint of the reference's (`.pt`, zip archive or old pickle) or an export of our own, as the
+/// first checkpoint of `folder`, a run's folder of checkpoints. Weights alone, such as the published models,
+/// become both model and average, and AdamW begins anew. The arrays are in memory at once: 16 bytes a
+/// parameter. `progress` is called with tensors done and to do.
 ///
 /// # Errors
 /// The file is damaged, no such checkpoint, or of a model that is not known here; nothing says the number
@@ -67,7 +74,16 @@ pub fn import(
     let (model, ema) = (foreign.model.clone(), foreign.ema.clone());
     foreign.check(Array::Model, &model, &layout)?;
     foreign.check(Array::Ema, &ema, &layout)?;
-    let Moments { exp_avg, exp_avg_sq, updates } = foreign.moments(&layout)?;
+    let whole = foreign.whole && !options.weights_only;
+    let mut assumed = assumed;
+    if !whole {
+        assumed.push(
+            "only weights are taken: AdamW begins anew, and the order of the data at its beginning"
+                .to_owned(),
+        );
+    }
+    let Moments { exp_avg, exp_avg_sq, updates } =
+        if whole { foreign.moments(&layout)? } else { Moments::none() };
     let trained = trainable(&layout);
     // A run that has made no step yet has no moments.
     let fresh = exp_avg.is_empty() && exp_avg_sq.is_empty() && updates == 0;
@@ -100,9 +116,15 @@ pub fn import(
         check_frozen(file, *array, &layout.entries()[*number], values)?;
     }
 
+    let step = options.steps.or(foreign.steps).or_else(|| named_step(file));
+    let step = match step {
+        Some(step) => step,
+        None if whole => return Err(ReferenceError::foreign(file, "it has no steps".to_owned())),
+        None => 0,
+    };
     let progress = Progress {
-        step: foreign.steps,
-        samples: foreign.steps.saturating_mul(config.train.global_batch as u64),
+        step,
+        samples: if whole { step.saturating_mul(config.train.global_batch as u64) } else { 0 },
         updates,
         scaler: LossScaler::default(),
     };
@@ -119,10 +141,17 @@ pub fn import(
         metrics: Default::default(),
         branch: None,
         node_local: false,
+        data_samples: None,
     };
     checkpoints.commit(&layout, about, vec![record])?;
     let path = checkpoints.path(progress.step);
-    Ok(Imported { path, progress, config, assumed })
+    Ok(Imported { path, progress, whole, config, assumed })
+}
+
+/// The step that the reference names a file by: `0400000.pt`.
+fn named_step(file: &Path) -> Option<u64> {
+    let stem = file.file_stem()?.to_str()?;
+    if stem.bytes().all(|b| b.is_ascii_digit()) { stem.parse().ok() } else { None }
 }
 
 /// The trainable part of a layout, for checks of names and shapes.

@@ -8,7 +8,7 @@ use serde_json::Value as Json;
 use super::source::{Foreign, Slot};
 use super::{Options, ReferenceError};
 use crate::config::{Config, WeightingName};
-use crate::model::{PRESETS, SitConfig};
+use crate::model::{PRESETS, Precision, SitConfig};
 use crate::objective;
 
 /// The configuration, and a sentence about everything in it that had to be assumed. The tensors are
@@ -32,6 +32,7 @@ pub(super) fn config(
         return Ok((config.clone(), Vec::new()));
     }
     let mut assumed = Vec::new();
+    let options = &Options { encoder_depth: options.encoder_depth.or(foreign.encoder_depth), ..*options };
     let sit = model(path, &foreign.model, &foreign.args, options, &mut assumed)?;
     let mut config = Config::default();
     let (model, alignment) = (&mut config.model, &mut config.alignment);
@@ -70,14 +71,14 @@ fn from_args(config: &mut Config, args: &Json, assumed: &mut Vec<String>) {
     number("adam_weight_decay", natural, &mut optimizer.weight_decay);
     number("max_grad_norm", positive, &mut optimizer.max_grad_norm);
     number("proj_coeff", natural, &mut config.alignment.coefficient);
-    let mut label_drop = f64::from(config.objective.label_drop);
-    number("cfg_prob", fraction, &mut label_drop);
-    config.objective.label_drop = label_drop as f32;
+    config.objective.label_drop = label_drop(args, assumed);
     let whole = |key: &str| args.get(key).and_then(Json::as_u64).filter(|&n| n > 0 && n < 1 << 32);
     if let Some(steps) = whole("max_train_steps") {
         config.train.steps = steps;
     }
-    match whole("batch_size") {
+    // A step of the reference is of so many passes, each over batch_size images of all ranks.
+    let passes = whole("gradient_accumulation_steps").unwrap_or(1);
+    match whole("batch_size").and_then(|batch| batch.checked_mul(passes)).filter(|&n| n < 1 << 32) {
         Some(batch) => config.train.global_batch = batch as usize,
         None => assumed.push(format!(
             "the file does not say the batch size: train.global_batch is {}",
@@ -88,6 +89,11 @@ fn from_args(config: &mut Config, args: &Json, assumed: &mut Vec<String>) {
         config.train.seed = seed;
     }
     let text = |key: &str| args.get(key).and_then(Json::as_str);
+    match text("mixed_precision") {
+        Some("fp16") => config.train.precision = Precision::F16,
+        Some("bf16") => config.train.precision = Precision::Bf16,
+        _ => {}
+    }
     match text("path_type") {
         Some("linear") => config.objective.path = objective::Path::Linear,
         Some("cosine") => config.objective.path = objective::Path::Cosine,
@@ -101,6 +107,27 @@ fn from_args(config: &mut Config, args: &Json, assumed: &mut Vec<String>) {
         Some(other) => {
             assumed.push(format!("args.weighting {other:?} is unknown: objective.weighting is uniform"))
         }
+    }
+}
+
+/// How often training hides a label. The reference's model does so with probability 0.1 by itself
+/// (`class_dropout_prob` of models/sit.py). Its train.py did it besides, with `cfg_prob`, before there was `--legacy`
+/// and does so with that now.
+fn label_drop(args: &Json, assumed: &mut Vec<String>) -> f32 {
+    const MODEL: f64 = 0.1;
+    let besides = args.get("cfg_prob").and_then(Json::as_f64).filter(|p| (0.0..1.0).contains(p));
+    let twice = args.get("legacy").and_then(Json::as_bool).unwrap_or(true);
+    match besides {
+        Some(besides) if twice && besides > 0.0 => {
+            let dropped = 1.0 - (1.0 - MODEL) * (1.0 - besides);
+            assumed.push(format!(
+                "labels were dropped twice, by the model ({MODEL}) and by train.py (cfg_prob = {besides}), as the \
+                 reference does without --no-legacy: objective.label_drop is {dropped:.2}"
+            ));
+            // Of few digits, as people would write it.
+            format!("{dropped:.4}").parse().unwrap_or(dropped as f32)
+        }
+        _ => MODEL as f32,
     }
 }
 

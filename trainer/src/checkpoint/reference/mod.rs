@@ -34,8 +34,8 @@ pub enum ReferenceError {
     Checkpoint(#[from] CheckpointError),
     /// The file is readable and no checkpoint of the reference's.
     #[error(
-        "{path} is not a whole checkpoint of the reference (model, ema, opt, steps), which is what can be \
-         imported: {problem}"
+        "{path} is neither a checkpoint of the reference (model, ema, opt, steps) nor weights of its model, which is \
+         what can be imported: {problem}"
     )]
     Foreign {
         /// The file.

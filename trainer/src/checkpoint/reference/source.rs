@@ -38,8 +38,12 @@ pub(super) struct Foreign {
     pub model: Vec<Slot>,
     /// Their moving average.
     pub ema: Vec<Slot>,
-    /// Steps that the run had made.
-    pub steps: u64,
+    /// Steps that the run had made, where the file says it.
+    pub steps: Option<u64>,
+    /// Whether AdamW's state is there too, and the run can go on as if it had not been moved.
+    pub whole: bool,
+    /// The block after which the projectors read, where the names of the blocks show it.
+    pub encoder_depth: Option<usize>,
     /// The run's arguments; an empty object where the file has none.
     pub args: Json,
     /// Our own configuration, in our own exports.
@@ -59,6 +63,13 @@ pub(super) struct Moments {
     pub updates: u64,
 }
 
+impl Moments {
+    /// Of an AdamW that has made no step.
+    pub fn none() -> Self {
+        Self { exp_avg: Vec::new(), exp_avg_sq: Vec::new(), updates: 0 }
+    }
+}
+
 impl Foreign {
     pub fn open(path: &Path) -> Result<Self, ReferenceError> {
         let safetensors = path.is_dir()
@@ -71,8 +82,7 @@ impl Foreign {
         let foreign = |problem: String| ReferenceError::foreign(path, problem);
         let file = TorchFile::open(path)?;
         let bytes = std::fs::metadata(path).map_or(0, |m| m.len());
-        let part = |key: &str| -> Result<Vec<Slot>, ReferenceError> {
-            let value = file.find(&[key]).ok_or_else(|| foreign(format!("it has no {key}")))?;
+        let part = |key: &str, value: &Value| -> Result<Vec<Slot>, ReferenceError> {
             let slots: Vec<Slot> = value
                 .entries()
                 .map(|(name, value)| match (name, value) {
@@ -87,24 +97,71 @@ impl Foreign {
                 .collect::<Result<_, _>>()?;
             if slots.is_empty() { Err(foreign(format!("{key} holds no tensors"))) } else { Ok(slots) }
         };
-        let (model, ema) = (part("model")?, part("ema")?);
-        let steps = file.find(&["steps"]).ok_or_else(|| foreign("it has no steps".to_owned()))?;
-        let steps = steps
-            .as_int()
-            .and_then(|steps| u64::try_from(steps).ok())
-            .ok_or_else(|| foreign(format!("steps is {}, where a natural number belongs", steps.kind())))?;
+        let found = |key: &str| file.find(&[key]);
+        // The published models are the average's state dictionary alone, by itself or as `ema`.
+        let (mut model, mut ema) = match (found("model"), found("ema")) {
+            (Some(model), Some(ema)) => (part("model", model)?, part("ema", ema)?),
+            (Some(only), None) => (part("model", only)?, part("model", only)?),
+            (None, Some(only)) => (part("ema", only)?, part("ema", only)?),
+            (None, None) if found(PATCHES).is_some() => {
+                (part("the file", file.root())?, part("the file", file.root())?)
+            }
+            (None, None) => return Err(foreign(format!("it has no model, no ema and no {PATCHES}"))),
+        };
+        let encoder_depth = number_blocks(&mut model);
+        number_blocks(&mut ema);
+        let steps = match found("steps") {
+            None => None,
+            Some(steps) => {
+                Some(steps.as_int().and_then(|steps| u64::try_from(steps).ok()).ok_or_else(|| {
+                    foreign(format!("steps is {}, where a natural number belongs", steps.kind()))
+                })?)
+            }
+        };
+        let whole = ["model", "ema", "opt"].into_iter().all(|key| found(key).is_some());
         let args = match file.find(&["args"]) {
             None => Json::Object(Default::default()),
             Some(args) => args.to_json().map_err(|e| foreign(format!("args: {e}")))?,
         };
         let content = Content::Torch(file);
-        Ok(Self { path: path.to_owned(), bytes, content, model, ema, steps, args, config: None })
+        Ok(Self {
+            path: path.to_owned(),
+            bytes,
+            content,
+            model,
+            ema,
+            steps,
+            whole,
+            encoder_depth,
+            args,
+            config: None,
+        })
     }
 
     fn safetensors(path: &Path) -> Result<Self, ReferenceError> {
         let weights = Weights::open(path)?;
         let path = weights.path.clone();
-        let steps = count(&path, &weights, "steps")?;
+        let has = |array: Array| !stored(&weights, array).is_empty();
+        let whole = has(Array::Model) && has(Array::Ema);
+        let steps = match whole || weights.tensors.contains_key("steps") {
+            true => Some(count(&path, &weights, "steps")?),
+            false => weights.metadata.get("steps").and_then(|steps| steps.parse().ok()),
+        };
+        // An export of one array has the reference's bare names.
+        let only = || match (has(Array::Ema), has(Array::Model)) {
+            (true, _) => stored(&weights, Array::Ema),
+            (_, true) => stored(&weights, Array::Model),
+            _ => bare(&weights),
+        };
+        let (mut model, mut ema) = match whole {
+            true => (stored(&weights, Array::Model), stored(&weights, Array::Ema)),
+            false => (only(), only()),
+        };
+        if model.iter().all(|slot| slot.name != PATCHES) {
+            return Err(ReferenceError::foreign(&path, format!("it has no {PATCHES}")));
+        }
+        let encoder_depth = number_blocks(&mut model);
+        number_blocks(&mut ema);
         let json: Json = weights
             .metadata
             .get("config")
@@ -112,9 +169,11 @@ impl Foreign {
             .unwrap_or_default();
         Ok(Self {
             bytes: weights.tensors.values().map(|t| t.bytes.len() as u64).sum(),
-            model: stored(&weights, Array::Model),
-            ema: stored(&weights, Array::Ema),
+            model,
+            ema,
             steps,
+            whole,
+            encoder_depth,
             config: serde_json::from_value(json.clone()).ok(),
             args: json,
             content: Content::Safetensors(weights),
@@ -131,7 +190,7 @@ impl Foreign {
                 let updates = if weights.tensors.contains_key("updates") {
                     count(&path, weights, "updates")?
                 } else {
-                    self.steps
+                    self.steps.unwrap_or(0)
                 };
                 let (exp_avg, exp_avg_sq) =
                     (stored(weights, Array::ExpAvg), stored(weights, Array::ExpAvgSq));
@@ -156,7 +215,7 @@ impl Foreign {
             )));
         }
         let state = file.find(&["opt", "state"]).ok_or_else(|| missing("opt.state"))?;
-        let mut moments = Moments { exp_avg: Vec::new(), exp_avg_sq: Vec::new(), updates: 0 };
+        let mut moments = Moments::none();
         let mut steps = Vec::new();
         for (key, value) in state.entries() {
             let entry =
@@ -243,14 +302,18 @@ impl Foreign {
         }
     }
 
-    /// Reads a float32 tensor into `out`, bit by bit; in our own exports it is gone thereafter.
+    /// Reads a float32 tensor into `out`, bit by bit; in our own exports with everything it is gone thereafter.
     pub fn take(&mut self, slot: &Slot, out: &mut [f32]) -> Result<(), ReferenceError> {
         let raw = match (&mut self.content, &slot.place) {
             (Content::Torch(file), Place::Torch(tensor)) => file.tensor(tensor)?,
-            (Content::Safetensors(weights), Place::Safetensors(name)) => weights
-                .tensors
-                .remove(name)
-                .ok_or_else(|| ReferenceError::foreign(&self.path, format!("{name} is missing")))?,
+            (Content::Safetensors(weights), Place::Safetensors(name)) => {
+                let found = match self.whole {
+                    true => weights.tensors.remove(name),
+                    // The model and its average are the same.
+                    false => weights.tensors.get(name).cloned(),
+                };
+                found.ok_or_else(|| ReferenceError::foreign(&self.path, format!("{name} is missing")))?
+            }
             _ => unreachable!("a slot is taken from the file that it was made for"),
         };
         let (elements, rest) = raw.bytes.as_chunks::<4>();
@@ -285,6 +348,38 @@ fn stored(weights: &Weights, array: Array) -> Vec<Slot> {
         .collect()
 }
 
+/// The tensors of a safetensors file under their own names.
+fn bare(weights: &Weights) -> Vec<Slot> {
+    let slot = |(name, tensor): (&String, &RawTensor)| Slot {
+        name: name.clone(),
+        shape: tensor.shape.clone(),
+        dtype: Some(tensor.dtype),
+        place: Place::Safetensors(name.clone()),
+    };
+    weights.tensors.iter().map(slot).collect()
+}
+
+/// The weight by which a state dictionary of the reference's model is known.
+const PATCHES: &str = "x_embedder.proj.weight";
+
+/// Earlier models of the reference (`--legacy` there) call the blocks after the projectors' `decoder_blocks`, counted
+/// from 0 again. Numbers them on from the others, and gives how many those are.
+fn number_blocks(slots: &mut [Slot]) -> Option<usize> {
+    let number = |slot: &Slot| slot.name.strip_prefix("blocks.")?.split('.').next()?.parse::<usize>().ok();
+    let first = slots.iter().filter_map(number).max().map_or(0, |last| last.saturating_add(1));
+    let mut found = false;
+    for slot in slots.iter_mut() {
+        let rest = slot.name.strip_prefix("decoder_blocks.").and_then(|rest| rest.split_once('.'));
+        if let Some((number, rest)) = rest
+            && let Ok(number) = number.parse::<usize>()
+        {
+            slot.name = format!("blocks.{}.{rest}", number.saturating_add(first));
+            found = true;
+        }
+    }
+    found.then_some(first)
+}
+
 /// A count that an export holds as an int64 tensor of one element.
 fn count(path: &Path, weights: &Weights, name: &str) -> Result<u64, ReferenceError> {
     let tensor = weights.tensors.get(name).filter(|t| t.dtype == Dtype::I64);
@@ -300,7 +395,8 @@ fn in_layout_order(model: &[Slot], layout: &Layout) -> Result<(), String> {
     match model.iter().zip(layout.entries()).find(|(slot, entry)| slot.name != entry.name) {
         None => Ok(()),
         Some((slot, entry)) => Err(format!(
-            "model.{} stands where the reference has {}, so that the numbers in opt.state cannot be relied on",
+            "model.{} stands where the reference has {}, so that the numbers in opt.state cannot be relied on \
+             (--weights-only leaves them out)",
             slot.name, entry.name
         )),
     }
