@@ -15,6 +15,9 @@ pub struct Arguments {
     /// Run folder
     #[arg(long, value_name = "DIR", default_value = "runs/quickstart")]
     run: PathBuf,
+    /// A checkpoint's folder (step-N), in place of the run's newest
+    #[arg(long, value_name = "DIR")]
+    checkpoint: Option<PathBuf>,
     /// Samples to draw
     #[arg(long, value_name = "N", default_value_t = 1000)]
     samples: usize,
@@ -43,9 +46,8 @@ pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     };
     let progress = bar("sampling", "images");
     progress.set_length(arguments.samples as u64);
-    let evaluation = evaluate_run(&config, &encoder, arguments.samples, &device, |done| {
-        progress.set_position(done as u64)
-    })?;
+    let of = (arguments.checkpoint.as_deref(), arguments.samples);
+    let evaluation = evaluate_run(&config, &encoder, of, &device, |done| progress.set_position(done as u64))?;
     progress.finish_and_clear();
 
     let json = format!("{:#}\n", serde_json::to_value(&evaluation).map_err(Failure::runtime)?);

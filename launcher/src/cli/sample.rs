@@ -23,6 +23,9 @@ pub struct Arguments {
     /// Most classes in the grid
     #[arg(long, value_name = "N", default_value_t = 20)]
     classes: usize,
+    /// A checkpoint's folder (step-N), in place of the run's newest
+    #[arg(long, value_name = "DIR")]
+    checkpoint: Option<PathBuf>,
     /// Use the weights themselves instead of their moving average
     #[arg(long)]
     raw_weights: bool,
@@ -63,7 +66,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     let config = arguments.config()?;
     super::use_threads(config.train.threads)?;
     let device = super::device_of_run(&config)?;
-    let generator = Generator::open(&config, arguments.which(), &device)?;
+    let generator = Generator::open(&config, arguments.which(), arguments.checkpoint.as_deref(), &device)?;
     let contents = &generator.index().contents;
     let classes = contents.classes.min(arguments.classes);
     let labels: Vec<usize> = (0..classes).flat_map(|c| std::iter::repeat_n(c, arguments.per_class)).collect();
@@ -105,7 +108,7 @@ fn many(arguments: &Arguments, path: &Path) -> Result<Outcome, Failure> {
             if comm.rank() == 0 {
                 check_place(path).map_err(Failure::usage)?;
             }
-            Ok(Generator::open(&config, arguments.which(), &device)?)
+            Ok(Generator::open(&config, arguments.which(), arguments.checkpoint.as_deref(), &device)?)
         };
         let generator = all_or_first_error(comm, open().map_err(|error| error.of_rank()))?;
         let progress = if comm.rank() == 0 { bar("sampling", "images") } else { ProgressBar::hidden() };

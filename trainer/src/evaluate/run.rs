@@ -1,6 +1,8 @@
 //! How far a run's samples are from its data, next to what gives the number a meaning: the untrained
 //! model, decoded class means, and one half of the data against the other.
 
+use std::path::Path;
+
 use half::f16;
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +16,12 @@ use crate::images::Image;
 
 /// Images that go through the encoder at once.
 const BATCH: usize = 50;
+
+/// Images of the data that an encoder is run on; the samples of usual evaluations are as many.
+const MOST_IMAGES: usize = 50_000;
+
+/// Samples of each half of the data that statistics take at once.
+const AT_ONCE: usize = 256;
 
 /// Solver steps of the untrained model. Its velocity is exactly zero, since its output layer begins
 /// at zero, so that more steps would change nothing.
@@ -53,36 +61,30 @@ pub enum EvaluationError {
     Features(String),
 }
 
-/// Evaluates a run with `samples` samples; `encoder` must be the one whose features the store holds
-/// first. `progress` is told how many samples are drawn.
+/// Evaluates a run (a checkpoint of it, by its folder, or else the newest) with `samples` samples; `encoder` must be
+/// the one whose features the store holds first, if it holds any. `progress` is told how many samples are drawn.
 ///
 /// # Errors
 /// The run, its store or its encoder cannot be used.
 pub fn evaluate_run(
     config: &Config,
     encoder: &VisionEncoder,
-    samples: usize,
+    (checkpoint, samples): (Option<&Path>, usize),
     device: &Device,
     mut progress: impl FnMut(usize),
 ) -> Result<Evaluation, EvaluationError> {
     let store = data::open(&config.data.dir).map_err(GenerateError::from)?;
-    let real = stored_features(&store)?;
-    let data = GaussianStatistics::of(&real.concat(), encoder.embed_dim())?;
+    let Real { all: data, halves: [even, odd] } = Real::of(&store, encoder)?;
     // The data's own sequence of labels, thinned: classes keep their proportions.
     let labels = (0..samples)
         .map(|i| Ok(store.label(i * store.len() / samples)? as usize))
         .collect::<Result<Vec<_>, _>>()
         .map_err(GenerateError::Store)?;
 
-    let generator = Generator::open(config, Which::Ema, device)?;
+    let generator = Generator::open(config, Which::Ema, checkpoint, device)?;
     let mut initial = config.clone();
     initial.sample.solver.num_steps = UNTRAINED_STEPS;
-    let untrained = Generator::open(&initial, Which::Initial, device)?;
-    let (even, odd): (Vec<_>, Vec<_>) = real.iter().enumerate().partition(|(i, _)| i % 2 == 0);
-    let half = |part: &[(usize, &Vec<f64>)]| {
-        let features: Vec<f64> = part.iter().flat_map(|(_, f)| f.iter().copied()).collect();
-        GaussianStatistics::of(&features, encoder.embed_dim())
-    };
+    let untrained = Generator::open(&initial, Which::Initial, None, device)?;
     let distance = |features: &Features, progress: &mut dyn FnMut(usize)| -> Result<f64, EvaluationError> {
         let mut statistics = GaussianStatistics::new(encoder.embed_dim());
         for (number, part) in labels.chunks(config.sample.batch).enumerate() {
@@ -105,28 +107,83 @@ pub fn evaluate_run(
         trained: distance(&|first, labels| drawn(&generator, first, labels), &mut progress)?,
         untrained: distance(&|first, labels| drawn(&untrained, first, labels), nobody)?,
         class_means: distance(&|_, labels| Ok(labels.iter().flat_map(of_mean).copied().collect()), nobody)?,
-        floor: half(&even)?.frechet_distance(&half(&odd)?)?,
+        floor: even.frechet_distance(&odd)?,
     })
 }
 
 /// The pooled features of the images of these labels, the first of which has this number.
 type Features<'a> = dyn Fn(usize, &[usize]) -> Result<Vec<f32>, EvaluationError> + 'a;
 
-/// Pooled features of every sample of a store, by its first encoder.
-fn stored_features(store: &LatentStore) -> Result<Vec<Vec<f64>>, EvaluationError> {
-    let Some(encoder) = store.index().contents.encoders.first() else {
-        return Err(EvaluationError::Features(format!(
-            "the store {} holds no encoder features to compare with: make it again with features",
-            store.dir().display()
-        )));
-    };
-    let mut tokens = vec![f16::ZERO; encoder.tokens * encoder.dim];
-    (0..store.len())
-        .map(|i| {
-            store.features(0, i, false, &mut tokens).map_err(GenerateError::from)?;
-            Ok(pool(tokens.iter().map(|v| v.to_f64()), encoder.tokens, encoder.dim))
-        })
-        .collect()
+/// Statistics of the data's pooled features.
+struct Real {
+    all: GaussianStatistics,
+    /// Of every other sample.
+    halves: [GaussianStatistics; 2],
+}
+
+impl Real {
+    /// By the store's first encoder; where it holds no features, by `encoder` on its images, evenly spaced where they
+    /// are more than [`MOST_IMAGES`].
+    fn of(store: &LatentStore, encoder: &VisionEncoder) -> Result<Self, EvaluationError> {
+        let contents = &store.index().contents;
+        let width = contents.encoders.first().map_or(encoder.embed_dim(), |stored| stored.dim);
+        let new = || GaussianStatistics::new(width);
+        let mut real = Self { all: new(), halves: [new(), new()] };
+        let (mut waiting, mut count) = ([Vec::new(), Vec::new()], 0);
+        // Statistics take many samples at a time almost as fast as one.
+        let mut add = |pooled: &[f64], at_once: usize| {
+            for features in pooled.chunks_exact(width) {
+                waiting[count % 2].extend_from_slice(features);
+                count += 1;
+            }
+            if waiting[0].len() >= at_once * width {
+                for (half, waiting) in real.halves.iter_mut().zip(&mut waiting) {
+                    real.all.add(waiting)?;
+                    half.add(waiting)?;
+                    waiting.clear();
+                }
+            }
+            Ok::<_, EvaluationError>(())
+        };
+        if let Some(stored) = contents.encoders.first() {
+            let mut tokens = vec![f16::ZERO; stored.tokens * stored.dim];
+            for i in 0..store.len() {
+                store.features(0, i, false, &mut tokens).map_err(GenerateError::from)?;
+                add(&pool(tokens.iter().map(|v| v.to_f64()), stored.tokens, stored.dim), AT_ONCE)?;
+            }
+        } else if contents.images {
+            let numbers: Vec<usize> = thinned(store.len(), MOST_IMAGES).collect();
+            for numbers in numbers.chunks(BATCH) {
+                let images =
+                    numbers.iter().map(|&i| stored_image(store, i)).collect::<Result<Vec<_>, _>>()?;
+                let pooled = pooled_features(encoder, &images)?;
+                add(&pooled.iter().map(|&v| f64::from(v)).collect::<Vec<f64>>(), AT_ONCE)?;
+            }
+        } else {
+            return Err(EvaluationError::Features(format!(
+                "the store {} holds neither encoder features nor images to compare with: make it again with one of \
+                 them",
+                store.dir().display()
+            )));
+        }
+        add(&[], 0)?;
+        Ok(real)
+    }
+}
+
+/// Numbers below `len`, evenly spaced, at most `most` of them.
+fn thinned(len: usize, most: usize) -> impl Iterator<Item = usize> {
+    let count = len.min(most);
+    (0..count).map(move |k| (k as u64 * len as u64 / count as u64) as usize)
+}
+
+fn stored_image(store: &LatentStore, i: usize) -> Result<Image, EvaluationError> {
+    let mut bytes = Vec::new();
+    store.image(i, &mut bytes).map_err(GenerateError::from)?;
+    Image::from_bytes(&bytes).map_err(|problem| {
+        let dir = store.dir().display();
+        EvaluationError::Features(format!("the image of sample {i} of {dir} is not readable: {problem}"))
+    })
 }
 
 /// Pooled features of images, [N, D] flattened.
@@ -169,4 +226,18 @@ fn class_means(generator: &Generator, store: &LatentStore) -> Result<Vec<Image>,
         .flat_map(|(sum, &count)| sum.iter().map(move |value| (value / count.max(1) as f64) as f32))
         .collect();
     Ok(generator.decode_raw(means))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_spread_over_all() {
+        let of = |len, most| thinned(len, most).collect::<Vec<_>>();
+        assert_eq!(of(5, 9), [0, 1, 2, 3, 4]);
+        assert_eq!(of(10, 4), [0, 2, 5, 7]);
+        assert_eq!(of(0, 4), [0; 0]);
+        assert_eq!(thinned(1_281_167, 50_000).last(), Some(1_281_141));
+    }
 }

@@ -9,7 +9,7 @@ use crate::data::draws::{Draws, Purpose};
 use crate::exit::Kind;
 use crate::figures::{FigureError, NpzWriter};
 use crate::gpu_failure;
-use crate::images::Image;
+use crate::images::{self, Image};
 
 /// Block of a sample's draws that no latent reaches.
 const LABEL: u32 = u32::MAX;
@@ -40,7 +40,7 @@ impl Classes {
 }
 
 /// Draws `count` images on all ranks, which take turns, and has rank 0 write them to an `.npz` as they come: `arr_0`,
-/// uint8 [N, H, W, 3]. Noise and classes are the same in the same order on any number of ranks. Called by all of them;
+/// uint8 [N, H, W, 3], values cut off below the point as the reference cuts them off. Noise and classes are the same in the same order on any number of ranks. Called by all of them;
 /// `done` hears on each how many are written.
 ///
 /// # Errors
@@ -61,7 +61,7 @@ pub fn write_many(
         let end = count.min(start + round);
         let mine: Vec<u64> = (start + rank..end).step_by(ranks).map(|i| i as u64).collect();
         let labels: Vec<usize> = mine.iter().map(|&i| classes.label(settings.seed, i, of_all)).collect();
-        let drawn = together(comm, || generator.batch(&mine, &labels));
+        let drawn = together(comm, || generator.batch(&mine, &labels, images::truncated));
         let drawn = drawn.map_err(|error| failure(Kind::Runtime, &error));
         let drawn = drawn.and_then(|drawn| drawn.map_err(|error| failure(error.kind(), &error)));
         let images = all_or_first_error(comm, drawn)?;

@@ -1,6 +1,7 @@
 //! From a run to images: its weights, its sampler, its autoencoder.
 
 mod many;
+pub(crate) mod space;
 mod together;
 
 use std::path::{Path, PathBuf};
@@ -10,12 +11,9 @@ use burn::tensor::{Tensor, TensorData};
 
 use crate::Device;
 use crate::autoencoder::{self, Autoencoder};
-use crate::checkpoint::{self, CheckpointError};
+use crate::checkpoint::{self, Checkpoint, CheckpointError};
 use crate::config::{Config, ConfigError, Source, Sources, load};
-use crate::data::{
-    self,
-    store::{Index, StoreError, StoreSpec},
-};
+use crate::data::store::{Index, StoreError, StoreSpec};
 use crate::exit::Kind;
 use crate::figures::GridRow;
 use crate::flat;
@@ -53,6 +51,23 @@ pub enum GenerateError {
     NoCheckpoint {
         /// The folder.
         path: PathBuf,
+    },
+    /// Nothing says what latents are.
+    #[error(
+        "there are no data at {dir} to say what latents are, and the run keeps no latents.json: name the autoencoder \
+         that decodes them with sample.autoencoder=FILE, or the data with data.dir=DIR"
+    )]
+    NoData {
+        /// Where the data were looked for.
+        dir: PathBuf,
+    },
+    /// What the run keeps of its data cannot be read.
+    #[error("cannot read {path}: {problem}; remove it, and name the data with data.dir=DIR")]
+    Kept {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
     },
     /// The run's configuration, or an argument, cannot be used.
     #[error(transparent)]
@@ -134,28 +149,37 @@ pub struct Generator {
     step: u64,
 }
 
+/// From images of the autoencoder, [N, 3, H, W] in [-1, 1], to pixels.
+type Pixels = fn(Tensor<4>) -> Vec<Image>;
+
 impl Generator {
-    /// Opens a run of this configuration.
+    /// Opens a run of this configuration, with a checkpoint of it (its folder, `…/step-00050000`) or else the newest.
     ///
     /// # Errors
     /// Its checkpoint, store or autoencoder cannot be read.
-    pub fn open(config: &Config, which: Which, device: &Device) -> Result<Self, GenerateError> {
-        let store = data::open(&config.data.dir)?;
-        let index = store.index().clone();
+    pub fn open(
+        config: &Config,
+        which: Which,
+        checkpoint: Option<&Path>,
+        device: &Device,
+    ) -> Result<Self, GenerateError> {
+        let (index, autoencoder) = space::find(config, device)?;
         let layout = Arc::new(config.sit().layout());
         let (flat, step) = match which {
             Which::Initial => (flat::copied(&layout.initial_values(config.train.seed)), 0),
             Which::Ema | Which::Model => {
-                let checkpoint = crate::train::checkpoints(config)
-                    .latest()?
-                    .checkpoint
-                    .ok_or_else(|| GenerateError::NoCheckpoint { path: config.run.dir.clone() })?;
+                let checkpoint = match checkpoint {
+                    Some(path) => Checkpoint::open(path).and_then(|found| found.verify().map(|()| found))?,
+                    None => crate::train::checkpoints(config)
+                        .latest()?
+                        .checkpoint
+                        .ok_or_else(|| GenerateError::NoCheckpoint { path: config.run.dir.clone() })?,
+                };
                 let array =
                     if which == Which::Ema { checkpoint::Array::Ema } else { checkpoint::Array::Model };
                 (checkpoint.read(&layout, array)?, checkpoint.progress().step)
             }
         };
-        let autoencoder = autoencoder(config, &index, device)?;
         Ok(Self::of_weights(config, index, autoencoder, device, &layout, &flat, step))
     }
 
@@ -207,7 +231,7 @@ impl Generator {
         for (number, labels) in labels.chunks(batch).enumerate() {
             let start = first + (number * batch) as u64;
             let samples: Vec<u64> = (start..start + labels.len() as u64).collect();
-            images.extend(self.batch(&samples, labels)?);
+            images.extend(self.batch(&samples, labels, images::from_tensor)?);
             crate::gpu_failure::has_worked();
             on_batch(images.len());
         }
@@ -215,7 +239,7 @@ impl Generator {
     }
 
     /// The images of these numbers and labels, all at once.
-    fn batch(&self, samples: &[u64], labels: &[usize]) -> Result<Vec<Image>, GenerateError> {
+    fn batch(&self, samples: &[u64], labels: &[usize], pixels: Pixels) -> Result<Vec<Image>, GenerateError> {
         if samples.is_empty() {
             return Ok(Vec::new());
         }
@@ -232,18 +256,17 @@ impl Generator {
         };
         let noise = DrawnNoise::new(settings.seed, samples);
         let states = sample(&self.model, &settings.solver, &batch, &noise, |_| {})?;
-        Ok(self.decode(states.into_iter().map(|v| v as f32).collect()))
-    }
-
-    /// Images of normalised latents [N, C, h, w], flattened.
-    pub fn decode(&self, mut latents: Vec<f32>) -> Vec<Image> {
-        let contents = &self.index.contents;
+        let mut latents: Vec<f32> = states.into_iter().map(|v| v as f32).collect();
         self.index.normalisation.invert(&mut latents, contents.height * contents.width);
-        self.decode_raw(latents)
+        Ok(self.decode(latents, pixels))
     }
 
     /// Images of latents as the autoencoder makes them, [N, C, h, w], flattened.
     pub fn decode_raw(&self, latents: Vec<f32>) -> Vec<Image> {
+        self.decode(latents, images::from_tensor)
+    }
+
+    fn decode(&self, latents: Vec<f32>, pixels: Pixels) -> Vec<Image> {
         const AT_ONCE: usize = 50;
         let contents = &self.index.contents;
         latents
@@ -252,7 +275,7 @@ impl Generator {
                 let shape =
                     [part.len() / contents.latent_len(), contents.channels, contents.height, contents.width];
                 let latents = Tensor::<4>::from_data(TensorData::new(part.to_vec(), shape), &self.device);
-                images::from_tensor(self.autoencoder.decode(latents))
+                pixels(self.autoencoder.decode(latents))
             })
             .collect()
     }

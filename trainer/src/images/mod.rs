@@ -94,6 +94,16 @@ pub fn to_tensor(images: &[Image], device: &Device) -> Tensor<4> {
 
 /// A tensor [N, 3, H, W] in [-1, 1] as images: clamped, rounded to the nearest of 256 levels.
 pub fn from_tensor(images: Tensor<4>) -> Vec<Image> {
+    in_levels(images, |v| ((v + 1.0) * 127.5).round().clamp(0.0, 255.0) as u8)
+}
+
+/// The same, down to the next level: what the reference's `generate.py` does for evaluators (ADM's and SiT's samplers
+/// round). On average half a level darker.
+pub fn truncated(images: Tensor<4>) -> Vec<Image> {
+    in_levels(images, |v| (255.0 * ((v + 1.0) / 2.0)).clamp(0.0, 255.0) as u8)
+}
+
+fn in_levels(images: Tensor<4>, level: fn(f32) -> u8) -> Vec<Image> {
     let [_, channels, height, width] = images.dims();
     assert_eq!(channels, 3, "an RGB image has three channels");
     let data = images.into_data().convert::<f32>();
@@ -102,7 +112,6 @@ pub fn from_tensor(images: Tensor<4>) -> Vec<Image> {
     values
         .chunks_exact(3 * plane)
         .map(|planes| {
-            let level = |v: f32| ((v + 1.0) * 127.5).round().clamp(0.0, 255.0) as u8;
             let pixels = (0..3 * plane).map(|i| level(planes[i % 3 * plane + i / 3])).collect();
             Image { width, height, pixels }
         })
