@@ -39,6 +39,8 @@ pub struct About {
     pub branch: Option<u64>,
     /// Whether each node keeps its own ranks' shards only.
     pub node_local: bool,
+    /// Samples of the data that the run trains on, where there are any.
+    pub data_samples: Option<u64>,
 }
 
 /// One contiguous part of a tensor.
@@ -101,6 +103,9 @@ pub struct Manifest {
     /// The step that the run was sent back to last, if it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub branch: Option<u64>,
+    /// Samples of the data that the run trained on: its place in them is of no meaning in others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data_samples: Option<u64>,
     /// Means since the save before.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub metrics: BTreeMap<String, f64>,

@@ -42,6 +42,7 @@ pub(super) fn about(step: u64) -> About {
         metrics: [("loss".to_owned(), step as f64)].into(),
         branch: None,
         node_local: false,
+        data_samples: None,
     }
 }
 

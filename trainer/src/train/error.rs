@@ -50,6 +50,17 @@ pub enum TrainError {
         /// Who has it.
         holder: String,
     },
+    /// Another run has the folder of the checkpoints.
+    #[error(
+        "the checkpoints in {path} are those of another run, {holder}: wait for it, or choose another folder with \
+         checkpoint.dir=PATH"
+    )]
+    CheckpointsInUse {
+        /// The folder.
+        path: PathBuf,
+        /// Who has it.
+        holder: String,
+    },
     /// The folder holds a run that this configuration does not continue.
     #[error(
         "the run folder {path} holds a run with other settings ({differing}): \
@@ -126,7 +137,11 @@ impl TrainError {
     /// What kind of error it is, for the exit code.
     pub fn kind(&self) -> Kind {
         match self {
-            Self::Config(_) | Self::Folder { .. } | Self::InUse { .. } | Self::OtherRun { .. } => Kind::Usage,
+            Self::Config(_)
+            | Self::Folder { .. }
+            | Self::InUse { .. }
+            | Self::CheckpointsInUse { .. }
+            | Self::OtherRun { .. } => Kind::Usage,
             Self::Checkpoint(error) => error.kind(),
             Self::Store(_) | Self::Loader(_) | Self::Weights(_) => Kind::Data,
             Self::Exporter(_)

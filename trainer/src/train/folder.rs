@@ -25,36 +25,10 @@ impl RunFolder {
     /// # Errors
     /// Another run uses the folder, or it cannot be written.
     pub fn claim(path: &Path, host: &str) -> Result<Self, TrainError> {
-        let io = |problem| move |source| TrainError::Folder { path: path.to_owned(), problem, source };
-        std::fs::create_dir_all(path).map_err(io("make"))?;
-        let lock_path = path.join("lock");
-        let mut lock = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .read(true)
-            .write(true)
-            .open(&lock_path)
-            .map_err(io("write to"))?;
-        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(Errno::WOULDBLOCK) => {
-                let mut holder = String::new();
-                // The holder's name is a courtesy; the lock itself has spoken.
-                let _ = lock.read_to_string(&mut holder);
-                return Err(TrainError::InUse { path: path.to_owned(), holder: holder.trim().to_owned() });
-            }
-            // Lustre without `-o flock`, NFS without lockd: a run there is better than none.
-            Err(error) => tracing::warn!(
-                "{} cannot be locked ({error}): nothing keeps a second run from writing there",
-                lock_path.display()
-            ),
+        match lock(path, host)? {
+            Ok(lock) => Ok(Self { path: path.to_owned(), _lock: lock }),
+            Err(holder) => Err(TrainError::InUse { path: path.to_owned(), holder }),
         }
-        let name = format!("process {} on {host}\n", std::process::id());
-        lock.set_len(0)
-            .and_then(|()| lock.rewind())
-            .and_then(|()| lock.write_all(name.as_bytes()))
-            .map_err(io("write to"))?;
-        Ok(Self { path: path.to_owned(), _lock: lock })
     }
 
     /// Writes a small file; readers see the old one or the new one.
@@ -67,6 +41,49 @@ impl RunFolder {
         std::fs::write(&part, text).map_err(io)?;
         std::fs::rename(&part, self.path.join(name)).map_err(io)
     }
+}
+
+/// Takes the folder of a run's checkpoints, where it is not in the run folder: two runs there would clear away each other's.
+/// It is held as long as the file is open.
+///
+/// # Errors
+/// Another run has it, or it cannot be written.
+pub(super) fn claim_checkpoints(folder: &Path, host: &str) -> Result<File, TrainError> {
+    lock(folder, host)?.map_err(|holder| TrainError::CheckpointsInUse { path: folder.to_owned(), holder })
+}
+
+/// Makes a folder where it is missing, and locks it; or says who holds it.
+fn lock(path: &Path, host: &str) -> Result<Result<File, String>, TrainError> {
+    let io = |problem| move |source| TrainError::Folder { path: path.to_owned(), problem, source };
+    std::fs::create_dir_all(path).map_err(io("make"))?;
+    let lock_path = path.join("lock");
+    let mut lock = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
+        .open(&lock_path)
+        .map_err(io("write to"))?;
+    match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(Errno::WOULDBLOCK) => {
+            let mut holder = String::new();
+            // The holder's name is a courtesy; the lock itself has spoken.
+            let _ = lock.read_to_string(&mut holder);
+            return Ok(Err(holder.trim().to_owned()));
+        }
+        // Lustre without `-o flock`, NFS without lockd: a run there is better than none.
+        Err(error) => tracing::warn!(
+            "{} cannot be locked ({error}): nothing keeps a second run from writing there",
+            lock_path.display()
+        ),
+    }
+    let name = format!("process {} on {host}\n", std::process::id());
+    lock.set_len(0)
+        .and_then(|()| lock.rewind())
+        .and_then(|()| lock.write_all(name.as_bytes()))
+        .map_err(io("write to"))?;
+    Ok(Ok(lock))
 }
 
 /// The checkpoints of a run of this configuration.

@@ -382,7 +382,14 @@ mod tests {
         let bytes = records.iter().map(|r| r.bytes).collect();
         let progress = Progress { step, samples: 8 * step, updates: step, scaler: LossScaler::default() };
         let config = serde_json::Value::Null;
-        let about = About { progress, config, metrics: Default::default(), branch: None, node_local: false };
+        let about = About {
+            progress,
+            config,
+            metrics: Default::default(),
+            branch: None,
+            node_local: false,
+            data_samples: None,
+        };
         checkpoints.commit(&layout, about, records).unwrap();
         bytes
     }

@@ -12,6 +12,8 @@ mod feed;
 mod folder;
 mod gather;
 mod inputs;
+#[cfg(feature = "cuda")]
+mod kernels;
 mod lead;
 mod learner;
 mod placement;
@@ -115,13 +117,21 @@ fn begin(loaded: &Loaded, comm: &dyn Communicator, stop: &mut StopRequest) -> Re
     };
     let (device, data) = agree(comm, local())?;
     resume::same_settings(loaded, comm)?;
+    resume::same_data(config, data.index(), comm)?;
     comm.set_deadline(Some(deadline(config)));
     let board = agree(comm, Board::start(comm).map_err(TrainError::from))?;
     comm.set_hierarchical(config.comm.hierarchical);
     let layout = Arc::new(config.sit().layout());
     let cut = Arc::new(Cut::new(config, &layout, comm));
     let owned = Owned::new(cut.owned.iter().cloned());
-    let beginning = resume::begin(loaded, comm, stop, &layout, owned)?;
+    let beginning = resume::begin(loaded, comm, stop, &layout, owned, data.index().samples)?;
+    if let Some(folder) = &beginning.folder {
+        let text = crate::generate::space::text(data.index());
+        // Of use where the data are not, and no reason to end a run.
+        if let Err(error) = folder.write("latents.json", &text) {
+            tracing::warn!("{error}");
+        }
+    }
     if beginning.state.step > 0 {
         // In an earlier start.
         crate::gpu_failure::has_worked();

@@ -1,16 +1,19 @@
 //! What a run goes on from: a checkpoint of its own, another run's, weights to start from, or nothing.
 
+use std::fs::File;
 use std::path::Path;
 
-use repa_comm::{Communicator, RemoteError};
+use repa_comm::{Communicator, RemoteError, all_gather};
+use xxhash_rust::xxh3::xxh3_64;
 
-use super::folder::{RunFolder, checkpoints};
+use super::folder::{RunFolder, checkpoints, claim_checkpoints};
 use super::gather::{self, Search, Wanted};
 use super::placement::Placement;
 use super::{Owned, State, StopRequest, TrainError, agree};
 use crate::checkpoint::storage::is_url;
 use crate::checkpoint::{Array, Checkpoint, CheckpointError, Checkpoints, Retention, Tensors};
 use crate::config::{Config, ConfigError, InitWeights, Loaded, Resume};
+use crate::data::store::Index;
 use crate::params::Layout;
 use crate::weights::Weights;
 
@@ -43,11 +46,32 @@ pub(super) fn same_settings(loaded: &Loaded, comm: &dyn Communicator) -> Result<
     agree(comm, local)
 }
 
+/// Checks that all ranks see the same data: hosts may have copies, of which one may be stale.
+pub(super) fn same_data(config: &Config, index: &Index, comm: &dyn Communicator) -> Result<(), RemoteError> {
+    let text = serde_json::to_vec(index).expect("an index serialises");
+    let mine = [xxh3_64(&text).to_le_bytes(), index.samples.to_le_bytes()].concat();
+    let gathered = comm.all_gather_bytes(&mine).map_err(TrainError::from);
+    let local = gathered.and_then(|all| match all[0] == mine {
+        true => Ok(()),
+        false => {
+            let samples = all[0].last_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+            let problem = format!(
+                "it holds other data than on rank 0 ({} samples, and {samples} there): give all hosts the same",
+                index.samples
+            );
+            Err(ConfigError::value("data.dir", config.data.dir.display(), problem).into())
+        }
+    });
+    agree(comm, local)
+}
+
 /// What a rank begins with.
 pub(super) struct Beginning {
     /// Rank 0's.
     pub(super) folder: Option<RunFolder>,
     pub(super) checkpoints: Checkpoints,
+    /// Of each leader: that of the checkpoints' folder, where it is not in the run folder.
+    pub(super) lock: Option<File>,
     pub(super) placement: Placement,
     pub(super) state: State,
     /// The step that the run was sent back to last, if it was.
@@ -65,6 +89,7 @@ pub(super) fn begin(
     stop: &mut StopRequest,
     layout: &Layout,
     owned: Owned,
+    samples: u64,
 ) -> Result<Beginning, RemoteError> {
     let config = &loaded.config;
     let claimed = if comm.rank() == 0 { claim(config, comm, stop).map(Some) } else { Ok(None) };
@@ -73,13 +98,19 @@ pub(super) fn begin(
     let placement = Placement::find(&own, comm)?;
     let leads = placement.leader == comm.rank();
     let mut said = Vec::new();
+    let apart = leads && !config.checkpoint.dir.as_os_str().is_empty();
+    let lock = match own.local_folder() {
+        Some(folder) if apart => claim_checkpoints(folder, comm.host()).map(Some),
+        _ => Ok(None),
+    };
+    let lock = agree(comm, lock)?;
 
     // Of this run's own checkpoints, or of another's where it has none yet.
     let wanted = match config.run.resume {
         Resume::Step(step) => Wanted::Branch(step),
         _ => Wanted::Newest,
     };
-    let same = |checkpoint: &Checkpoint| same_run(config, checkpoint);
+    let same = |checkpoint: &Checkpoint| same_run(config, samples, checkpoint);
     let allowed = |checkpoint: &Checkpoint| match config.run.resume {
         Resume::Never => Err(refuse(config, checkpoint)),
         _ => same(checkpoint),
@@ -105,7 +136,11 @@ pub(super) fn begin(
     });
     let state = match found {
         Some((_, state)) => state,
-        None => agree(comm, fresh(config, layout, owned, &mut said))?,
+        None => {
+            let (state, digest) = agree(comm, fresh(config, layout, owned, &mut said))?;
+            same_start(config, digest, comm)?;
+            state
+        }
     };
     // Nothing else writes there now.
     let tidied = if leads { tidy(config, &own, durable.then_some(state.step)) } else { Ok(Vec::new()) };
@@ -120,7 +155,7 @@ pub(super) fn begin(
         None => Ok(()),
     };
     agree(comm, written)?;
-    Ok(Beginning { folder, checkpoints: own, placement, state, branch, durable, said })
+    Ok(Beginning { folder, checkpoints: own, lock, placement, state, branch, durable, said })
 }
 
 /// Rank 0 takes the run folder.
@@ -177,13 +212,20 @@ pub(super) fn retention(config: &Config) -> Retention {
 }
 
 /// Refuses to go on with settings that would change what the run is.
-fn same_run(config: &Config, found: &Checkpoint) -> Result<(), TrainError> {
+fn same_run(config: &Config, samples: u64, found: &Checkpoint) -> Result<(), TrainError> {
     let now = serde_json::to_value(config).expect("the configuration serialises");
     let mut differing = Vec::new();
+    let allowed = |key: &str| config.run.allow_changed.iter().any(|allowed| allowed == key);
+    // The place in the data, and their order, follow from it.
+    if let Some(then) =
+        found.manifest().data_samples.filter(|&then| then != samples && !allowed("data.samples"))
+    {
+        differing.push(("data.samples".to_owned(), format!("data.samples was {then} and is {samples}")));
+    }
     let default = serde_json::to_value(Config::default()).expect("the configuration serialises");
     compare("", [&found.manifest().config, &default], &now, &mut |key, then, now| {
         let decisive = DECISIVE.iter().any(|part| key.starts_with(part)) && !PLACES.contains(&key);
-        if decisive && !config.run.allow_changed.iter().any(|allowed| allowed == key) {
+        if decisive && !allowed(key) {
             differing.push((key.to_owned(), format!("{key} was {then} and is {now}")));
         }
     });
@@ -216,16 +258,30 @@ fn compare(prefix: &str, [then, default]: [&Json; 2], now: &Json, visit: &mut dy
     }
 }
 
-/// The state before the first step: drawn, or with weights from elsewhere.
+/// Checks that all ranks begin with the same weights, where each has read them by itself.
+fn same_start(config: &Config, digest: Option<u64>, comm: &dyn Communicator) -> Result<(), RemoteError> {
+    let Some(mine) = digest else { return Ok(()) };
+    let gathered = all_gather(comm, &[mine]).map_err(TrainError::from);
+    let local = gathered.and_then(|all| match all[0] == [mine] {
+        true => Ok(()),
+        false => {
+            let problem = "it holds other weights than on rank 0: give all hosts the same";
+            Err(ConfigError::value("run.init_from", config.run.init_from.display(), problem).into())
+        }
+    });
+    agree(comm, local)
+}
+
+/// The state before the first step: drawn, or with weights from elsewhere, and then a digest of them.
 fn fresh(
     config: &Config,
     layout: &Layout,
     owned: Owned,
     said: &mut Vec<String>,
-) -> Result<State, TrainError> {
+) -> Result<(State, Option<u64>), TrainError> {
     let from = &config.run.init_from;
     if from.as_os_str().is_empty() {
-        return Ok(State::new(layout, config.train.seed, owned));
+        return Ok((State::new(layout, config.train.seed, owned), None));
     }
     let mut params = layout.initial_values(config.train.seed);
     let (mut taken, mut left) = (0, Vec::new());
@@ -250,7 +306,8 @@ fn fresh(
         sentence += &format!("; these keep their first values: {}{more}", first.join(", "));
     }
     said.push(sentence);
-    Ok(State::starting_at(&params, owned))
+    let digest = xxh3_64(bytemuck::cast_slice(&params));
+    Ok((State::starting_at(&params, owned), Some(digest)))
 }
 
 /// Weights by name, from a checkpoint of ours or a weight file.

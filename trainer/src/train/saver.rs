@@ -76,6 +76,7 @@ pub(super) struct Saver {
     /// The newest durable checkpoint.
     durable: Option<u64>,
     branch: Option<u64>,
+    data_samples: Option<u64>,
     /// Sums of [`MEANS`] since the last save, and steps in them.
     sums: [f64; MEANS.len()],
     steps: u64,
@@ -118,6 +119,7 @@ impl Saver {
             failed_in_a_row: 0,
             durable: None,
             branch,
+            data_samples: None,
             sums: [0.0; MEANS.len()],
             steps: 0,
             last_save: Instant::now(),
@@ -253,6 +255,8 @@ impl Saver {
         let state = &learner.state;
         let steps = self.steps.max(1) as f64;
         let means = MEANS.iter().zip(self.sums).map(|((name, _), sum)| ((*name).to_owned(), sum / steps));
+        // What is not finite could not be read back.
+        let means = means.filter(|(_, mean)| mean.is_finite());
         let metrics = if self.steps == 0 { BTreeMap::new() } else { means.collect() };
         (self.sums, self.steps) = ([0.0; MEANS.len()], 0);
         self.stage = Stage::Writing(Box::new(About {
@@ -266,6 +270,7 @@ impl Saver {
             metrics,
             branch: self.branch,
             node_local: self.placement.node_local(),
+            data_samples: self.data_samples,
         }));
         histogram!(names::CHECKPOINT_SNAPSHOT_SECONDS).record(self.begun.elapsed().as_secs_f64());
         if !self.config.asynchronous {
@@ -304,6 +309,11 @@ impl Saver {
         }
         let good = self.durable.map_or("none".to_owned(), |step| format!("that of step {step}"));
         Err(TrainError::NotSaved { step, path: self.location.clone(), good })
+    }
+
+    /// The run trains on data of so many samples.
+    pub(super) fn trains_on(&mut self, samples: u64) {
+        self.data_samples = Some(samples);
     }
 
     /// The state that the run goes on from is durable already.

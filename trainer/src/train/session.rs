@@ -45,6 +45,8 @@ pub(super) struct Session {
     said: Vec<String>,
     /// What only rank 0 has.
     lead: Option<Lead>,
+    /// Of the checkpoints' folder, where it has one of its own.
+    _lock: Option<std::fs::File>,
 }
 
 /// Steps between looks at the weights' norm.
@@ -63,7 +65,7 @@ impl Session {
         board: Arc<Board>,
         beginning: Beginning,
     ) -> Result<Self, TrainError> {
-        let Beginning { folder, checkpoints, placement, state, branch, durable, mut said } = beginning;
+        let Beginning { folder, checkpoints, lock, placement, state, branch, durable, mut said } = beginning;
         let plan = LoaderPlan {
             seed: config.train.seed,
             start_sample: state.samples,
@@ -95,6 +97,7 @@ impl Session {
         if durable {
             saver.is_durable(state.step);
         }
+        saver.trains_on(data.index().samples);
         Ok(Self {
             feed: data.feed(plan)?,
             skipped_in_a_row: 0,
@@ -107,6 +110,7 @@ impl Session {
             facts: facts(config),
             said,
             lead,
+            _lock: lock,
         })
     }
 
@@ -295,6 +299,8 @@ pub fn device(name: &str, local_rank: usize) -> Result<Device, TrainError> {
     if name == "wgpu" {
         return wgpu_device();
     }
+    #[cfg(feature = "cuda")]
+    super::kernels::keep(local_rank);
     cuda_device(name, cuda_ordinal(name, local_rank))
 }
 
