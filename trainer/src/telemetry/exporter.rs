@@ -228,6 +228,7 @@ impl Exporter {
     /// Pushes the last state, where metrics are pushed.
     pub fn finish(&mut self) {
         if let Some(pusher) = &mut self.pusher {
+            gauge!(names::RUN_ENDED).set(1.0);
             pusher.finish();
         }
     }
@@ -241,6 +242,7 @@ pub fn addresses(told: &[String]) -> Vec<String> {
 
 fn announce(identity: &Identity) {
     names::describe();
+    gauge!(names::RUN_ENDED).set(0.0);
     gauge!(names::RUN_INFO,
         "run" => identity.run.clone(),
         "job_id" => identity.job_id.clone(),
