@@ -72,7 +72,8 @@ impl SharedMemory {
     /// Takes the memory of this rank's segment now: where others have it by the time it is needed, the first write
     /// there would end the process without a word.
     pub(super) fn reserve(&mut self) -> Result<(), CommError> {
-        let page = rustix::param::page_size();
+        // SAFETY: the call only reads a constant of the system.
+        let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096);
         let start = self.segments[self.rank].as_ptr();
         let length = HEADER + 4 * self.chunk_bytes;
         let before = start.addr() % page;
