@@ -233,7 +233,7 @@ mod tests {
             )
         );
         assert!(words(slurm("-v"), &hosts).contains("plm_slurm_args '-v --overlap --nodelist=192"));
-        assert_eq!(words(slurm(""), &Placement::Local(2)), "--mca ras '^slurm'");
+        assert_eq!(words(slurm(""), &Placement::Local(2)), "--mca ras '^slurm' --oversubscribe");
         assert_eq!(
             words(Daemons::AgentInJob(Some("x".into())), &hosts),
             format!(

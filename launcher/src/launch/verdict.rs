@@ -222,7 +222,10 @@ impl Said {
             let name = after(rest, "exited on signal ")
                 .and_then(|rest| Some(rest.split_once('(')?.1.split_once(')')?.0.to_owned()));
             if let (Some(rank), Some(signal)) = (number(rest), signal) {
-                let host = host.or_else(|| placement.host_of(rank)).unwrap_or_default();
+                let host = known(placement, host.as_deref())
+                    .or_else(|| placement.host_of(rank))
+                    .or(host)
+                    .unwrap_or_default();
                 said.signalled = Some((rank, host, signal, name.unwrap_or_default()));
             }
         }
@@ -233,6 +236,12 @@ impl Said {
         said.start = start_problem(words, &text);
         said
     }
+}
+
+/// A host that mpirun names as we do; it may know another name for it. (Where `--map-by` orders ranks in a way of its own,
+/// mpirun's word is better than our count.)
+fn known(placement: &Placement, host: Option<&str>) -> Option<String> {
+    placement.hosts().into_iter().map(|known| known.host).find(|known| Some(known.as_str()) == host)
 }
 
 /// Why mpirun could not start the ranks, if that is what it says.

@@ -266,19 +266,22 @@ fn stops(job: &Job) -> String {
     text.push_str(
         "# The start before may have ended together with its node or its script, unseen.\n\
          if [ -e \"$started\" ] && saved; then echo \"$starts\" >\"$progress\"; fi\n\
-         durable >\"$started\"\n\"${launch[@]}\" \"${train[@]}\" &\nlauncher=$!\nwait \"$launcher\"\n\
+         so_far >\"$started\"\n\"${launch[@]}\" \"${train[@]}\" &\nlauncher=$!\nwait \"$launcher\"\n\
          while kill -0 \"$launcher\" 2>/dev/null; do wait \"$launcher\"; done # a signal ends a wait\n\
          wait \"$launcher\"\ncode=$?\n",
     );
     text
 }
 
-/// Shell functions: how many checkpoints have become durable, and whether one has since the start.
+/// Shell functions: what to remember at the start, and whether a checkpoint has become durable since. Of those in S3
+/// only the run's events tell here.
 fn saved(job: &Job) -> String {
     match &job.checkpoints {
-        Some(place) if is_url(place) => "durable() { grep -c '\"kind\":\"durable\"' \"$run/events.jsonl\" 2>/dev/null || \
-                                         true; }\nsaved() { [ \"$(durable)\" -gt \"$(cat \"$started\")\" ]; }\n"
-            .to_owned(),
+        Some(place) if is_url(place) => {
+            "so_far() { cat \"$run/events.jsonl\" 2>/dev/null | grep -c '\"kind\":\"durable\"'; }\n\
+                                         saved() { [ \"$(so_far)\" -gt \"$(cat \"$started\")\" ]; }\n"
+                .to_owned()
+        }
         place => {
             let folder = match place {
                 None => "\"$run/checkpoints\"".to_owned(),
@@ -286,7 +289,7 @@ fn saved(job: &Job) -> String {
                 Some(folder) => quoted_path(folder),
             };
             format!(
-                "durable() {{ date '+%F %T'; }} # which files are newer says what is\n\
+                "so_far() {{ date '+%F %T'; }} # newer files will have come since\n\
                  saved() {{ [ -n \"$(find {folder} -name manifest.json -newer \"$started\" 2>/dev/null)\" ]; }}\n"
             )
         }

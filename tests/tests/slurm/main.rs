@@ -6,6 +6,7 @@ mod cluster;
 mod launch;
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -195,6 +196,88 @@ fn the_examples_are_made_by_the_command_that_they_name() {
         Running::start(Command::new("bash").arg("-n").arg(&path)).wait(DEADLINE).expect_code(0);
     }
     assert!(seen >= 6, "{seen} examples");
+}
+
+/// A batch script, and programs in place of SLURM's: the launcher does what a test tells it.
+struct Stub {
+    folder: tempfile::TempDir,
+}
+
+impl Stub {
+    fn new(settings: &[&str]) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let options =
+            ["slurm", "--nodes", "2", "--ranks-per-node", "1", "--time", "1:00:00", "--max-failures", "1"];
+        let run = format!("run.dir={}", folder.path().join("run").display());
+        let made = Running::start(&mut repa_dist(&[&options[..], settings, &[&run]].concat())).wait(DEADLINE);
+        // Of the five seconds there the test knows nothing.
+        let script = made.expect_code(0).stdout.replace("sleep 5", "sleep 0");
+        fs::write(folder.path().join("script"), script).expect("written");
+        fs::create_dir_all(folder.path().join("run/logs")).expect("a folder");
+        for (name, does) in [("srun", "eval \"$LAUNCHED\""), ("scontrol", "echo started again")] {
+            let path = folder.path().join(name);
+            fs::write(&path, format!("#!/bin/bash\n{does}\n")).expect("written");
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("a program");
+        }
+        Self { folder }
+    }
+
+    /// How the start of this number ends, and what it says.
+    fn start(&self, number: u32, launched: &str) -> (Option<i32>, String) {
+        let search =
+            format!("{}:{}", self.folder.path().display(), std::env::var("PATH").unwrap_or_default());
+        let mut command = Command::new("bash");
+        command.arg(self.folder.path().join("script")).current_dir(self.folder.path()).env("PATH", search);
+        command
+            .env("SLURM_JOB_ID", "7")
+            .env("SLURM_NTASKS", "2")
+            .env("SLURM_RESTART_COUNT", number.to_string());
+        let ended = Running::start(command.env("LAUNCHED", launched)).wait(DEADLINE);
+        (ended.code, ended.stdout + &ended.stderr)
+    }
+}
+
+/// A start that saved is no failure, also where nobody was left to write that down.
+#[test]
+fn starts_that_saved_are_not_counted_as_failures() {
+    // As a lost node ends it: the script goes with the ranks.
+    const LOST: &str = "kill -9 $PPID";
+    let local = "mkdir -p run/checkpoints/step-00000005; touch run/checkpoints/step-00000005/manifest.json";
+    let remote = r#"echo '{"time":1.5,"step":5,"kind":"durable","text":""}' >>run/events.jsonl"#;
+    for (settings, saves) in [(&[][..], local), (&["checkpoint.dir=s3://bucket/run"][..], remote)] {
+        let stub = Stub::new(settings);
+        for number in 0..3 {
+            assert_ne!(stub.start(number, &format!("sleep 1; {saves}; {LOST}")).0, Some(0), "it is lost");
+        }
+        // One that saves nothing is the first failure, and this script bears none.
+        let (code, said) = stub.start(3, "exit 4");
+        assert_eq!(code, Some(0), "{said}");
+        assert!(
+            said.contains("exit code 4: to be started again") && said.contains("started again"),
+            "{said}"
+        );
+        let (code, said) = stub.start(4, "exit 4");
+        assert!(code == Some(4) && said.contains("saved nothing: given up"), "{code:?} {said}");
+        // And one that saves before it fails.
+        let (code, said) = stub.start(5, &format!("sleep 1; {saves}; exit 4"));
+        assert!(code == Some(0) && said.contains("with a checkpoint to go on from"), "{code:?} {said}");
+    }
+}
+
+/// The runs of a sweep have checkpoints of their own, also where all are in one place.
+#[test]
+fn a_sweep_s_runs_do_not_share_checkpoints() {
+    let sweep = ["--array", "optimizer.learning_rate=1e-4,2e-4"];
+    let stub = Stub::new(&[&sweep[..], &["checkpoint.dir=/shared/here"]].concat());
+    let script = fs::read_to_string(stub.folder.path().join("script")).expect("a script");
+    for point in ["learning_rate-1e-4", "learning_rate-2e-4"] {
+        assert!(script.contains(&format!("checkpoints=/shared/here/{point} ")), "{script}");
+    }
+    assert!(
+        script.contains("\"checkpoint.dir=$checkpoints\"") && script.contains("find \"$checkpoints\""),
+        "{script}"
+    );
+    fails(&["--array=checkpoint.dir=a,b"], &["checkpoint.dir", "each run has a folder of its own"]);
 }
 
 fn fails(arguments: &[&str], message: &[&str]) -> Ended {
