@@ -80,11 +80,23 @@ part() {
     if [ "${name#step}" != "$name" ]; then tail -n 20 "$out/$name.log" | tee -a "$out/summary.txt"; fi
 }
 
+# Whether NCCL, as doctor has seen it, can have two ranks on one GPU: from 2.30 on.
+shares_gpus() {
+    local major minor
+    read -r major minor < <(sed -n 's/^ok  *NCCL  *\([0-9]*\)\.\([0-9]*\)\..*/\1 \2/p' "$out/doctor.log" 2>/dev/null)
+    [ "$((1000 * ${major:-0} + ${minor:-0}))" -ge 2030 ]
+}
+
 # A step of a paper's model on random data.
 step() {
     local name=$1 ranks=$2 config=$3 batch=$4 precision=$5 device=cuda:0
     shift 5
-    if [ "$ranks" -le "$gpus" ]; then device=cuda; fi
+    if [ "$ranks" -le "$gpus" ]; then
+        device=cuda
+    elif ! shares_gpus; then
+        say "$name: this NCCL has no two ranks on one GPU; gradients go over MPI"
+        set -- comm.backend=mpi "$@"
+    fi
     part "$name" 200 mpirun --oversubscribe --bind-to none -n "$ranks" "$repa" bench step --json --steps 20 \
         --config "$here/configs/$config.toml" device="$device" train.global_batch="$batch" train.precision="$precision" "$@"
 }

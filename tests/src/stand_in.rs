@@ -39,6 +39,8 @@ impl StandIn {
             .env("CUDA_PATH", &self.folder)
             .env("STAND_IN_GPUS", "2")
             .env("STAND_IN_CAPABILITY", "75")
-            .env("STAND_IN_KERNELS", self.folder.join("kernels"));
+            .env("STAND_IN_KERNELS", self.folder.join("kernels"))
+            // Tests run side by side, and each sees what it does itself.
+            .env("REPA_KERNEL_CACHE", "off");
     }
 }

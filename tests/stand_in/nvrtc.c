@@ -128,6 +128,9 @@ int nvrtcCompileProgram(struct program *program, int count, const char **options
     (void)count; (void)options;
     const char *kernels = getenv("STAND_IN_KERNELS");
     char name[256];
+    const char *compiled = getenv("STAND_IN_COMPILED");
+    FILE *told = compiled ? fopen(compiled, "a") : 0;
+    if (told) { fputs("a program\n", told); fclose(told); }
     if (!kernels || !kernel_name(program->source, name)) {
         program->log = strdup(kernels ? "there is no kernel in it" : "STAND_IN_KERNELS is not set");
         return COMPILATION;

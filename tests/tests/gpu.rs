@@ -111,6 +111,31 @@ fn counted(run: &Path, rank: usize, what: &str) -> u64 {
     value.unwrap_or_else(|| panic!("no {what} in {report}"))
 }
 
+/// The second start on a host finds the kernels of the first; a rank on its own, each in its place.
+#[cfg(feature = "cuda")]
+#[test]
+fn kernels_are_compiled_once_on_a_host() {
+    if nvidia() {
+        println!("skipped: only the stand-in counts what it compiles");
+        return;
+    }
+    let place = Place::new();
+    let compiled = |name: &str, ranks: usize| {
+        let count = place.run(&format!("compiled-{name}"));
+        let mut command = place.command(ranks, name, &cuda(ranks));
+        command.env("REPA_KERNEL_CACHE", place.run("kernels")).env("STAND_IN_COMPILED", &count);
+        Running::start(&mut command).wait(DEADLINE).expect_code(0);
+        std::fs::read_to_string(count).unwrap_or_default().lines().count()
+    };
+    let first = compiled("first", 1);
+    assert!(first > 30, "{first} programs");
+    assert_eq!(compiled("second", 1), 0, "all are kept");
+    place.same("first", "second");
+    // Of two ranks the second has none yet, and the first lacks what only several ranks need.
+    let two = compiled("two", 2);
+    assert!((first / 2..2 * first).contains(&two), "{two} programs of two ranks, {first} of one");
+}
+
 /// By how much arrays differ: the norm of the difference, of the norm.
 fn differences(a: &Path, b: &Path) -> Vec<f64> {
     let norm = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();

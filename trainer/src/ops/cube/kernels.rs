@@ -28,6 +28,9 @@ pub(super) struct Sizes {
 #[cube]
 fn along_row(value: f32, #[comptime] largest: bool, #[comptime] planes: bool) -> f32 {
     if comptime!(planes) {
+        // A loop before may have taken some lanes once more than others, and CUDA promises by nothing else that they
+        // meet again: what is summed is what those lanes have that are there.
+        sync_plane();
         if comptime!(largest) { plane_max(value) } else { plane_sum(value) }
     } else {
         let mut memory = Shared::<[f32]>::new_slice(comptime!((LANES * ROWS) as usize));
