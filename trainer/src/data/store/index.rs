@@ -408,8 +408,15 @@ impl Index {
         }
         let stored: Vec<usize> = c.encoders.iter().map(|e| e.dim).collect();
         if !expected.z_dims.is_empty() && stored != expected.z_dims {
+            let advice = match (stored.is_empty(), c.images) {
+                (true, true) => "name the encoders that run on its images in alignment.encoders",
+                (true, false) => {
+                    "make it again with features or images, or train without alignment: z_dims=[]"
+                }
+                (false, _) => "set z_dims",
+            };
             return wrong(format!(
-                "it holds features of widths {stored:?} and the projectors aim at {:?} (set z_dims)",
+                "it holds features of widths {stored:?} and the projectors aim at {:?} ({advice})",
                 expected.z_dims
             ));
         }
