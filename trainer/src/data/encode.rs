@@ -97,6 +97,7 @@ impl Models {
                 Ok(values(features.patch_tokens).into_iter().map(f16::from_f32).collect())
             })
             .collect::<Result<_, String>>()?;
+        crate::gpu_failure::has_worked();
         Ok(Encoded { latents, features })
     }
 }

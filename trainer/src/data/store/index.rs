@@ -411,7 +411,7 @@ impl Index {
             let advice = match (stored.is_empty(), c.images) {
                 (true, true) => "name the encoders that run on its images in alignment.encoders",
                 (true, false) => {
-                    "make it again with features or images, or train without alignment: z_dims=[]"
+                    "make it again with features or images, or train without alignment: alignment.z_dims=[]"
                 }
                 (false, _) => "set z_dims",
             };
