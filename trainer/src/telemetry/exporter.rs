@@ -228,7 +228,9 @@ impl Exporter {
     /// Pushes the last state, where metrics are pushed.
     pub fn finish(&mut self) {
         if let Some(pusher) = &mut self.pusher {
-            gauge!(names::RUN_ENDED).set(1.0);
+            if let Ok(now) = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH) {
+                gauge!(names::RUN_END_TIME).set(now.as_secs_f64());
+            }
             pusher.finish();
         }
     }
@@ -242,7 +244,7 @@ pub fn addresses(told: &[String]) -> Vec<String> {
 
 fn announce(identity: &Identity) {
     names::describe();
-    gauge!(names::RUN_ENDED).set(0.0);
+    gauge!(names::RUN_END_TIME).set(0.0);
     gauge!(names::RUN_INFO,
         "run" => identity.run.clone(),
         "job_id" => identity.job_id.clone(),

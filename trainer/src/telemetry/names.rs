@@ -96,8 +96,8 @@ pub const FAILED_CHECKPOINTS: &str = "repa_checkpoint_failures_total";
 pub const CHECKPOINT_BYTES: &str = "repa_checkpoint_bytes_total";
 /// Ranks of a host whose metrics its one endpoint could not get; where there is one.
 pub const NODE_RANKS_MISSING: &str = "repa_node_ranks_missing";
-/// 1 when the rank has ended in good order, until then 0: a Pushgateway keeps the last.
-pub const RUN_ENDED: &str = "repa_run_ended";
+/// When the rank ended in good order, in seconds since 1970, until then 0: a Pushgateway keeps the last.
+pub const RUN_END_TIME: &str = "repa_run_end_time_seconds";
 /// 1, with the run's name, model, version and world size as labels.
 pub const RUN_INFO: &str = "repa_run_info";
 /// 1, with the rank's host, local rank and device as labels.
@@ -169,9 +169,9 @@ pub fn describe() {
             "Ranks of this host whose metrics could not be had; where one rank serves for its host",
         ),
         (
-            RUN_ENDED,
-            Unit::Count,
-            "1 when the rank has ended in good order, until then 0; told where metrics are pushed",
+            RUN_END_TIME,
+            Unit::Seconds,
+            "When the rank ended in good order, in seconds since 1970, until then 0; told where metrics are pushed",
         ),
         (RUN_INFO, Unit::Count, "1, with the run's name, model, version and world size as labels"),
         (RANK_INFO, Unit::Count, "1, with the rank's host, local rank and device as labels"),
