@@ -83,6 +83,7 @@ part() {
 # Whether NCCL, as doctor has seen it, can have two ranks on one GPU: from 2.30 on.
 shares_gpus() {
     local major minor
+    [ -s "$out/doctor.log" ] || "$repa" doctor --quick device=cuda:0 >"$out/doctor.log" 2>&1
     read -r major minor < <(sed -n 's/^ok  *NCCL  *\([0-9]*\)\.\([0-9]*\)\..*/\1 \2/p' "$out/doctor.log" 2>/dev/null)
     [ "$((1000 * ${major:-0} + ${minor:-0}))" -ge 2030 ]
 }
@@ -91,6 +92,7 @@ shares_gpus() {
 step() {
     local name=$1 ranks=$2 config=$3 batch=$4 precision=$5 device=cuda:0
     shift 5
+    if [ "$wanted" != "  " ] && [[ "$wanted" != *" $name "* ]]; then return; fi
     if [ "$ranks" -le "$gpus" ]; then
         device=cuda
     elif ! shares_gpus; then

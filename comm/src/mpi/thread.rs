@@ -5,6 +5,7 @@ use super::messages::Messages;
 use super::raw::{SUCCESS, check, error_text};
 use super::shared::SharedMemory;
 use super::{ABORTABLE, library_version};
+use crate::abort::say;
 use crate::environment::Options;
 use crate::reduce::{Element, Phases};
 use crate::topology::{Told, Topology};
@@ -108,8 +109,12 @@ impl Engine {
             let members: Vec<usize> =
                 (0..size).filter(|&rank| topology.node_of[rank] == topology.node).collect();
             let mut all = |mine: Result<(), CommError>| {
-                if let Err(error) = &mine {
-                    tracing::warn!("no shared memory between ranks, using messages: {error}");
+                if let (Err(error), 0) = (&mine, topology.local_rank) {
+                    // Nobody listens to warnings yet.
+                    say(&format!(
+                        "warning: no shared memory between the ranks of {}: {error}",
+                        topology.hosts[topology.rank]
+                    ));
                 }
                 let mut fit = [i64::from(mine.is_ok())];
                 messages.run(&mut fit, ReduceOp::Min, Phases::ReduceAndGather, &mut waiter())?;

@@ -86,7 +86,7 @@ fn on_stand_in() -> Vec<Trial> {
             stand_in(2, "device-deadline", &[])?
                 .expect_failure(4, "all-reduce of bucket 5 in step 9 on rank 0 of 2 gave up after 1.")?
                 // As the board has it.
-                .expect("waiting for rank 1 (rank 1 on ")
+                .expect("waiting for the other ranks (rank 1 on ")
                 .map(drop)
         }),
         Trial::test("nccl::stand_in::an_error_of_nccl_is_told", || {

@@ -76,7 +76,11 @@ fn main() {
         }),
         Trial::test("mpi::without_room_ranks_talk_by_messages", || {
             match job::mpirun_without_room(3, "by-messages") {
-                Some(job) => job.expect_success(3),
+                Some(job) => job.expect_success(3).and_then(|()| {
+                    let again =
+                        job::mpirun_without_room(3, "by-messages").ok_or("it could be mounted before")?;
+                    again.expect_end("no shared memory between the ranks")?.expect("--shm-size").map(drop)
+                }),
                 None => {
                     println!("skipped: this process may not mount a small /dev/shm");
                     Ok(())

@@ -24,8 +24,9 @@ impl Budget {
         if durable > self.durable {
             self.used = 0;
         }
-        // It is lower where the run was sent back: then what comes after that counts.
-        self.durable = durable;
+        // It is lower where the run was sent back: then what comes after that counts. A place that could not be
+        // listed says nothing.
+        self.durable = durable.or(self.durable);
         if self.used >= self.allowed {
             return None;
         }
@@ -53,6 +54,7 @@ mod tests {
         assert_eq!(take(Some(6)), Some(1));
         // Sent back: later steps are new again.
         assert_eq!([take(Some(2)), take(Some(3)), take(Some(3))], [Some(2), Some(1), Some(2)]);
+        assert_eq!([take(None), take(Some(3))], [Some(4), None]);
         assert_eq!(Budget::new(0, None).take(Some(7)), None);
         let mut long = Budget::new(100, None);
         let pauses: Vec<u64> = (0..9).filter_map(|_| long.take(None)).map(|p| p.as_secs()).collect();

@@ -45,6 +45,8 @@ pub struct Watch {
     step: Option<u64>,
     durable: Option<u64>,
     status: Option<Status>,
+    /// Whether rank 0 has said from what it goes on.
+    told: bool,
     progressed: Instant,
     /// When steps were seen first, to know how long saves take.
     reached: BTreeMap<u64, Instant>,
@@ -72,6 +74,7 @@ impl Watch {
             step: None,
             durable,
             status: None,
+            told: false,
             progressed: Instant::now(),
             reached: BTreeMap::new(),
             last_durable: None,
@@ -146,8 +149,9 @@ impl Watch {
             self.progressed = Instant::now();
         }
         // Lower than what was there where the run was sent back (`--resume STEP`): later ones are set aside by then.
-        if self.status.is_none() && status.durable.is_some() && status.durable < self.durable {
-            self.durable = status.durable;
+        if !self.told && status.durable.is_some() {
+            self.told = true;
+            self.durable = status.durable.min(self.durable);
         }
         self.status = Some(status);
     }
