@@ -181,3 +181,83 @@ fn a_closed_pipe_is_no_panic() {
     // Ended by the signal, or done before the reader went.
     assert!(ended.code == Some(141) || ended.code == Some(0), "{:?}", ended.code);
 }
+
+/// Two hosts with copies of their own, of which one is stale: each rank here has a folder of its own.
+#[test]
+fn ranks_that_see_other_data_or_weights() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let at = |name: &str| folder.path().join(name);
+    small_store(&at("a/store"), 12);
+    small_store(&at("b/store"), 13);
+    let two = |more: &[&str]| {
+        let mut arguments = small_model(Path::new("store"), &at("run"));
+        arguments.extend(more.iter().map(|&a| a.to_owned()));
+        let mut command = Command::new("mpirun");
+        command.args(["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]);
+        for (n, name) in ["a", "b"].iter().enumerate() {
+            command.args(if n > 0 { &[":"][..] } else { &[] }).args(["-n", "1", "--wdir"]).arg(at(name));
+            command.arg(repa_tests::binary()).args(&arguments);
+        }
+        Running::start(&mut command).wait(DEADLINE)
+    };
+    let differs = &["rank 1", "data.dir = store", "13 samples, and 12 there"];
+    two(&[]).expect_code(2).expect_error(differs);
+    // The same data, and other weights to begin with.
+    std::fs::remove_dir_all(at("b/store")).expect("removed");
+    small_store(&at("b/store"), 12);
+    for (seed, name) in [("1", "a"), ("2", "b")] {
+        let run = format!("run.dir={}", at(name).join("before").display());
+        let mut arguments = small_model(&at("a/store"), &at("run"));
+        arguments.extend([run, format!("train.seed={seed}"), "train.steps=1".to_owned()]);
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        Running::start(&mut mpirun(1, &arguments)).wait(DEADLINE).expect_code(0);
+    }
+    let differs = &["rank 1", "run.init_from = before", "other weights than on rank 0"];
+    two(&["run.init_from=before"]).expect_code(2).expect_error(differs);
+    two(&[]).expect_code(0);
+}
+
+#[test]
+fn other_data_in_a_run_that_goes_on() {
+    let place = Place::new();
+    let train = |more: &[&str]| {
+        let arguments = place.arguments(more);
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        Running::start(&mut mpirun(2, &arguments)).wait(DEADLINE)
+    };
+    train(&["train.steps=2"]).expect_code(0);
+    let other = place.folder.path().join("other");
+    small_store(&other, 14);
+    let other = format!("data.dir={}", other.display());
+    fails(
+        &place.arguments(&[&other]),
+        2,
+        &["data.samples was 12 and is 14", "run.allow_changed=[\"data.samples\"]"],
+    );
+    train(&[&other, "train.steps=4", "run.allow_changed=[\"data.samples\"]"]).expect_code(0);
+}
+
+#[test]
+fn checkpoints_of_another_run() {
+    let place = Place::new();
+    let shared = place.folder.path().join("shared");
+    std::fs::create_dir(&shared).expect("a folder");
+    // As a run that goes on holds it.
+    let lock = std::fs::File::create(shared.join("lock")).expect("a file");
+    lock.lock().expect("a lock");
+    std::fs::write(shared.join("lock"), "process 7 on elsewhere\n").expect("written");
+    let dir = format!("checkpoint.dir={}", shared.display());
+    fails(
+        &place.arguments(&[&dir]),
+        2,
+        &["are those of another run, process 7 on elsewhere", "checkpoint.dir=PATH"],
+    );
+    drop(lock);
+    // In the run folder itself they are nobody else's.
+    let run = format!("checkpoint.dir={}", place.folder.path().join("run").display());
+    for steps in ["train.steps=2", "train.steps=4"] {
+        let arguments = place.arguments(&[steps, &run]);
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        Running::start(&mut mpirun(2, &arguments)).wait(DEADLINE).expect_code(0);
+    }
+}

@@ -44,6 +44,20 @@ fn any_number_of_ranks_draws_the_same_images() {
     let text = String::from_utf8_lossy(&made("1.npz")).into_owned();
     assert!(text.contains("arr_0.npy") && text.contains("'shape': (17, "), "{}", &text[..200]);
 
+    // Where the data are not, and of a checkpoint that is named.
+    std::fs::rename(at("store"), at("elsewhere")).expect("moved");
+    draw(2, "without.npz", &[], 0);
+    assert!(made("without.npz") == made("1.npz"), "the data decide nothing but what latents are");
+    let step = format!("--checkpoint={}", at("run/checkpoints/step-00000012").display());
+    draw(1, "named.npz", &[&step], 0);
+    assert!(made("named.npz") == made("1.npz"));
+    let none = format!("--checkpoint={}", at("run/checkpoints/step-00000011").display());
+    draw(1, "no.npz", &[&none], 3).expect_error(&["step-00000011"]);
+    std::fs::rename(at("run/latents.json"), at("kept")).expect("moved");
+    draw(2, "no.npz", &[], 3).expect_error(&["there are no data at", "keeps no latents.json", "data.dir="]);
+    std::fs::rename(at("kept"), at("run/latents.json")).expect("moved");
+    std::fs::rename(at("elsewhere"), at("store")).expect("moved");
+
     // One process without mpirun, and classes in turn.
     draw(0, "even.npz", &["--even-classes"], 0);
     assert_eq!(made("even.npz").len(), made("1.npz").len());

@@ -58,7 +58,8 @@ pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
         print!("{json}");
         return Ok(Outcome::Done);
     }
-    println!("Fréchet distance to the data in the teacher's features, {} samples:", evaluation.samples);
+    let whose = if arguments.encoder.is_some() { encoder.id() } else { "the teacher" };
+    println!("Fréchet distance to the data in {whose}'s features, {} samples:", evaluation.samples);
     println!("  this model, step {:<9} {:>10.3}", evaluation.step, evaluation.trained);
     println!("  untrained model           {:>10.3}", evaluation.untrained);
     println!("  decoded class means       {:>10.3}", evaluation.class_means);

@@ -238,7 +238,7 @@ fn manifest(layout: &Layout, about: About, records: Vec<ShardRecord>) -> Manifes
     for tensor in tensors.values_mut().flat_map(BTreeMap::values_mut) {
         tensor.pieces.sort_by_key(|piece| piece.start);
     }
-    let About { progress, config, metrics, branch, node_local, data_samples } = about;
+    let About { progress, config, metrics, branch, node_local, data } = about;
     Manifest {
         format: FORMAT.into(),
         version: VERSION,
@@ -247,7 +247,7 @@ fn manifest(layout: &Layout, about: About, records: Vec<ShardRecord>) -> Manifes
         world_size,
         node_local,
         branch,
-        data_samples,
+        data,
         metrics,
         config,
         shards,

@@ -26,6 +26,36 @@ pub struct Progress {
     pub scaler: LossScaler,
 }
 
+/// What a run trained on, as far as going on depends on it: its place in the data is of no meaning in others, and other
+/// encoders are other targets.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataRecord {
+    /// Samples of the data.
+    pub samples: u64,
+    /// The encoders' ids, whether features are stored or not.
+    pub encoders: Vec<String>,
+}
+
+impl DataRecord {
+    /// What a run that goes on has otherwise: the key of its configuration that it follows from, what was and what is. Of
+    /// encoders the kind counts, and not the digest behind it: files of one model differ.
+    pub fn differences(&self, now: &Self) -> Vec<(&'static str, String, String)> {
+        let kinds = |encoders: &[String]| {
+            let kind = |id: &String| id.rsplit_once('-').map_or(id.clone(), |(kind, _)| kind.to_owned());
+            encoders.iter().map(kind).collect::<Vec<_>>()
+        };
+        let mut found = Vec::new();
+        if self.samples != now.samples {
+            found.push(("data.samples", self.samples.to_string(), now.samples.to_string()));
+        }
+        if kinds(&self.encoders) != kinds(&now.encoders) {
+            found.push(("alignment.encoders", self.encoders.join(", "), now.encoders.join(", ")));
+        }
+        found
+    }
+}
+
 /// What a checkpoint says of the run, besides its tensors.
 #[derive(Debug, Clone, PartialEq)]
 pub struct About {
@@ -39,8 +69,8 @@ pub struct About {
     pub branch: Option<u64>,
     /// Whether each node keeps its own ranks' shards only.
     pub node_local: bool,
-    /// Samples of the data that the run trains on, where there are any.
-    pub data_samples: Option<u64>,
+    /// What the run trains on, where that is known.
+    pub data: Option<DataRecord>,
 }
 
 /// One contiguous part of a tensor.
@@ -103,9 +133,9 @@ pub struct Manifest {
     /// The step that the run was sent back to last, if it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub branch: Option<u64>,
-    /// Samples of the data that the run trained on: its place in them is of no meaning in others.
+    /// What the run trained on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub data_samples: Option<u64>,
+    pub data: Option<DataRecord>,
     /// Means since the save before.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub metrics: BTreeMap<String, f64>,
@@ -127,4 +157,26 @@ pub struct Shard {
     pub bytes: u64,
     /// xxh3 of the file, 64 bits, hexadecimal.
     pub xxh3: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn other_data_and_other_encoders_are_told_by_their_keys() {
+        let of = |samples, encoders: &[&str]| DataRecord {
+            samples,
+            encoders: encoders.iter().map(|&id| id.to_owned()).collect(),
+        };
+        let keys = |a: &DataRecord, b: &DataRecord| a.differences(b).iter().map(|d| d.0).collect::<Vec<_>>();
+        let first = of(7, &["dinov2-vit-b-0123abcd"]);
+        assert!(
+            first.differences(&of(7, &["dinov2-vit-b-ffffffff"])).is_empty(),
+            "another file of the model"
+        );
+        assert_eq!(keys(&first, &of(8, &["dinov2-vit-b-0123abcd"])), ["data.samples"]);
+        assert_eq!(keys(&first, &of(7, &["mae-vit-b-0123abcd"])), ["alignment.encoders"]);
+        assert_eq!(keys(&first, &of(9, &[])), ["data.samples", "alignment.encoders"]);
+    }
 }

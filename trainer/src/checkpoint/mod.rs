@@ -30,7 +30,7 @@ use std::path::{Path, PathBuf};
 
 pub use diff::{Difference, TensorDifference, diff};
 pub use folder::{Checkpoints, Found, split};
-pub use manifest::{About, Manifest, Piece, Progress, ShardRecord, TensorRecord};
+pub use manifest::{About, DataRecord, Manifest, Piece, Progress, ShardRecord, TensorRecord};
 pub use reader::Checkpoint;
 pub(crate) use reader::Stretch;
 pub use retention::Retention;

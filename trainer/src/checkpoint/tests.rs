@@ -42,7 +42,7 @@ pub(super) fn about(step: u64) -> About {
         metrics: [("loss".to_owned(), step as f64)].into(),
         branch: None,
         node_local: false,
-        data_samples: None,
+        data: None,
     }
 }
 
@@ -315,4 +315,63 @@ fn tensors_are_read_in_any_order() {
         assert_eq!(tensors.tensor(Array::Ema, "none").expect("readable"), None);
         entries.reverse();
     }
+}
+
+#[test]
+fn what_cannot_be_reached_is_not_damaged() {
+    use std::io::{Error, ErrorKind};
+    let read = |source: Error| CheckpointError::Read { path: "step-1".into(), source };
+    for kind in
+        [ErrorKind::NotFound, ErrorKind::UnexpectedEof, ErrorKind::InvalidData, ErrorKind::NotADirectory]
+    {
+        let error = read(kind.into());
+        assert!(!error.may_be_good() && error.kind() == crate::exit::Kind::Data, "{error}");
+    }
+    // EIO and ESTALE, as a network's file system gives them.
+    for code in [5, 116] {
+        let error = read(Error::from_raw_os_error(code));
+        assert!(error.may_be_good() && error.kind() == crate::exit::Kind::Runtime, "{error}");
+        assert!(error.to_string().contains("--resume STEP"), "{error}");
+    }
+    let denied = read(ErrorKind::PermissionDenied.into());
+    assert!(denied.may_be_good() && denied.kind() == crate::exit::Kind::Data);
+}
+
+#[test]
+fn copies_beside_checkpoints_are_left_alone() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let names = ["step-00000005-best", "step-00000005.bak", "step-best", "step-00000005.old2", "lock"];
+    for name in names {
+        std::fs::create_dir(folder.path().join(name)).expect("made");
+    }
+    std::fs::write(folder.path().join("step-00000007.safetensors"), "an export").expect("written");
+    for name in ["step-00000006.partial", "step-00000005.old"] {
+        std::fs::create_dir(folder.path().join(name)).expect("made");
+    }
+    let checkpoints = Checkpoints::at(folder.path());
+    let cleared = checkpoints.discard_unfinished().expect("cleared");
+    assert_eq!(cleared, ["step-00000005.old", "step-00000006.partial"]);
+    assert!(names.iter().all(|name| folder.path().join(name).is_dir()));
+    assert!(folder.path().join("step-00000007.safetensors").is_file());
+}
+
+#[test]
+fn the_best_is_kept_where_other_hosts_have_its_shards() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let checkpoints = Checkpoints::at(folder.path());
+    let state = arrays(layout().trainable_len(), 1.0);
+    let [model, ema, exp_avg, exp_avg_sq] = &state;
+    let arrays = Arrays { model, ema, exp_avg, exp_avg_sq };
+    for (step, loss) in [(1, 0.2), (2, 0.9), (3, 0.8)] {
+        let write = |rank| {
+            checkpoints.write_shard(step, &layout(), &arrays.parts(rank, 2), &[], (rank, 2)).expect("written")
+        };
+        let records = (0..2).map(write).collect();
+        let about = About { node_local: true, metrics: [("loss".to_owned(), loss)].into(), ..about(step) };
+        checkpoints.commit(&layout(), about, records).expect("committed");
+        std::fs::remove_file(checkpoints.path(step).join("rank-00001-of-00002.safetensors"))
+            .expect("another host's");
+    }
+    checkpoints.prune(&Retention { last: 1, every: 0, best: 1 }, "loss").expect("pruned");
+    assert_eq!(checkpoints.list().expect("listed").steps, [1, 3]);
 }

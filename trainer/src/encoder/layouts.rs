@@ -237,6 +237,12 @@ pub fn infer(weights: &Weights, family: Family) -> Result<VitConfig, EncoderErro
     };
     let projection = shape("patch_embed.proj.weight", 4)?;
     let (embed_dim, patch_size) = (projection[0], projection[3]);
+    if family == Family::Clip && embed_dim > 1024 {
+        // Those of LAION are as wide: their GELU is another, which no tensor tells, and their heads are wider.
+        return Err(unknown(format!(
+            "OpenAI has no CLIP of width {embed_dim}, and others' differ in ways not read here"
+        )));
+    }
     let positions = shape("pos_embed", 3)?[1] - usize::from(family.class_token());
     let grid = positions.isqrt();
     if grid == 0 || grid * grid != positions {

@@ -76,8 +76,8 @@ pub enum EncoderError {
     },
     /// The encoder's patches do not tile its input.
     #[error(
-        "images of {resolution} pixels are seen at {input} pixels, which patches of {patch} do not tile: \
-         use a resolution of which {patch} divides seven eighths"
+        "images of {resolution} pixels are seen at {input} pixels, which patches of {patch} do not tile: use a {}",
+        fitting(*resolution, *input, *patch)
     )]
     Patches {
         /// Pixels a side of the image.
@@ -87,6 +87,13 @@ pub enum EncoderError {
         /// Pixels a side of a patch.
         patch: usize,
     },
+}
+
+fn fitting(resolution: usize, input: usize, patch: usize) -> String {
+    match resolution == input {
+        true => format!("multiple of {patch}"),
+        false => format!("resolution of which {patch} divides seven eighths"),
+    }
 }
 
 /// Features of a batch of images.

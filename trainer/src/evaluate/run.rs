@@ -61,8 +61,8 @@ pub enum EvaluationError {
     Features(String),
 }
 
-/// Evaluates a run (a checkpoint of it, by its folder, or else the newest) with `samples` samples; `encoder` must be
-/// the one whose features the store holds first, if it holds any. `progress` is told how many samples are drawn.
+/// Evaluates a run (a checkpoint of it, by its folder, or else the newest) with `samples` samples, in the
+/// features of `encoder`, which the store holds, or images for it. `progress` is told how many samples are drawn.
 ///
 /// # Errors
 /// The run, its store or its encoder cannot be used.
@@ -122,11 +122,12 @@ struct Real {
 }
 
 impl Real {
-    /// By the store's first encoder; where it holds no features, by `encoder` on its images, evenly spaced where they
+    /// By the features of `encoder` that the store holds, or else by `encoder` on its images, evenly spaced where they
     /// are more than [`MOST_IMAGES`].
     fn of(store: &LatentStore, encoder: &VisionEncoder) -> Result<Self, EvaluationError> {
         let contents = &store.index().contents;
-        let width = contents.encoders.first().map_or(encoder.embed_dim(), |stored| stored.dim);
+        let width = encoder.embed_dim();
+        let stored = contents.encoders.iter().position(|stored| stored.id == encoder.id());
         let new = || GaussianStatistics::new(width);
         let mut real = Self { all: new(), halves: [new(), new()] };
         let (mut waiting, mut count) = ([Vec::new(), Vec::new()], 0);
@@ -145,10 +146,11 @@ impl Real {
             }
             Ok::<_, EvaluationError>(())
         };
-        if let Some(stored) = contents.encoders.first() {
+        if let Some(number) = stored {
+            let stored = &contents.encoders[number];
             let mut tokens = vec![f16::ZERO; stored.tokens * stored.dim];
             for i in 0..store.len() {
-                store.features(0, i, false, &mut tokens).map_err(GenerateError::from)?;
+                store.features(number, i, false, &mut tokens).map_err(GenerateError::from)?;
                 add(&pool(tokens.iter().map(|v| v.to_f64()), stored.tokens, stored.dim), AT_ONCE)?;
             }
         } else if contents.images {
@@ -160,10 +162,13 @@ impl Real {
                 add(&pooled.iter().map(|&v| f64::from(v)).collect::<Vec<f64>>(), AT_ONCE)?;
             }
         } else {
+            let held: Vec<&str> = contents.encoders.iter().map(|stored| stored.id.as_str()).collect();
             return Err(EvaluationError::Features(format!(
-                "the store {} holds neither encoder features nor images to compare with: make it again with one of \
-                 them",
-                store.dir().display()
+                "the store {} holds neither images nor features of {} to compare with (it has those of {}): name \
+                 another encoder, or make the store again with images",
+                store.dir().display(),
+                encoder.id(),
+                if held.is_empty() { "none".to_owned() } else { held.join(", ") }
             )));
         }
         add(&[], 0)?;

@@ -54,8 +54,9 @@ pub enum GenerateError {
     },
     /// Nothing says what latents are.
     #[error(
-        "there are no data at {dir} to say what latents are, and the run keeps no latents.json: name the autoencoder \
-         that decodes them with sample.autoencoder=FILE, or the data with data.dir=DIR"
+        "there are no data at {dir:?} to say what latents are, and the run keeps no latents.json: name the data with \
+         data.dir=DIR; or, where latents were scaled as their autoencoder says (the SD-VAE's by 0.18215), give data.dir= \
+         and sample.autoencoder=FILE"
     )]
     NoData {
         /// Where the data were looked for.

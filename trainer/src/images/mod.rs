@@ -136,6 +136,17 @@ mod tests {
     use image::{ExtendedColorType, ImageEncoder};
     use proptest::prelude::*;
 
+    #[test]
+    fn evaluators_get_levels_cut_off() {
+        // 0.7 and 254.9 of 255, and beyond both ends.
+        let values = [0.7f32, 254.9, -3.0, 300.0].map(|level| level / 127.5 - 1.0);
+        let tensor =
+            Tensor::<1>::from_data(values, &Device::flex()).reshape([1, 1, 1, 4]).repeat(&[1, 3, 1, 1]);
+        let levels = |images: Vec<Image>| images[0].pixels.iter().copied().step_by(3).collect::<Vec<u8>>();
+        assert_eq!(levels(truncated(tensor.clone())), [0, 254, 0, 255]);
+        assert_eq!(levels(from_tensor(tensor)), [1, 255, 0, 255]);
+    }
+
     fn png(width: u32, height: u32, pixels: &[u8], colour: ExtendedColorType) -> Vec<u8> {
         let mut bytes = vec![];
         image::codecs::png::PngEncoder::new(&mut bytes)

@@ -38,6 +38,11 @@ impl Data {
     /// model needs.
     pub(super) fn open(config: &Config, device: &Device) -> Result<Self, TrainError> {
         let sit = config.sit();
+        if config.data.dir.as_os_str().is_empty() {
+            return Err(
+                ConfigError::value("data.dir", "", "it is empty: name the data with data.dir=DIR").into()
+            );
+        }
         let store = data::open(&config.data.dir)?;
         let mut index = store.index().clone();
         let contents = &mut index.contents;

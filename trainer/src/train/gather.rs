@@ -83,7 +83,7 @@ pub(super) fn find(
 ) -> Result<Option<(Checkpoint, State)>, RemoteError> {
     let &Search { checkpoints, placement, wanted, .. } = search;
     let leads = placement.leader == comm.rank();
-    let mine = if leads { look(checkpoints) } else { Ok(Vec::new()) };
+    let mine = if leads { look(checkpoints, wanted) } else { Ok(Vec::new()) };
     let mine = serde_json::to_vec(&agree(comm, mine.map_err(TrainError::from))?).expect("it serialises");
     let gathered = comm.all_gather_bytes(&mine).map_err(TrainError::from);
     let all: Vec<Vec<Sight>> = agree(comm, gathered)?
@@ -132,7 +132,12 @@ pub(super) fn find(
 }
 
 /// What is in the place that this rank sees.
-fn look(checkpoints: &Checkpoints) -> Result<Vec<Sight>, CheckpointError> {
+fn look(checkpoints: &Checkpoints, wanted: Wanted) -> Result<Vec<Sight>, CheckpointError> {
+    // Who asks for one step can do without the others.
+    let matters = |step: u64| match wanted {
+        Wanted::Newest => true,
+        Wanted::Step(wanted) | Wanted::Branch(wanted) => step == wanted,
+    };
     let sight = |step| {
         let opened = checkpoints.open_any(step).and_then(|checkpoint| {
             let missing = checkpoint.missing()?;
@@ -145,7 +150,7 @@ fn look(checkpoints: &Checkpoints) -> Result<Vec<Sight>, CheckpointError> {
                 let shards = (0..of).filter(|n| !missing.contains(n)).collect();
                 Sight { step, digest: xxh3_64(&text), shards, of, problem: None }
             }
-            Err(error) if error.may_be_good() => return Err(error),
+            Err(error) if error.may_be_good() && matters(step) => return Err(error),
             Err(error) => {
                 Sight { step, digest: 0, shards: Vec::new(), of: 0, problem: Some(error.to_string()) }
             }
@@ -388,7 +393,7 @@ mod tests {
             metrics: Default::default(),
             branch: None,
             node_local: false,
-            data_samples: None,
+            data: None,
         };
         checkpoints.commit(&layout, about, records).unwrap();
         bytes

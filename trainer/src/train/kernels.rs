@@ -39,7 +39,7 @@ pub(super) fn keep(local_rank: usize) {
     let config = match folder {
         Some(folder) => serde_json::json!({
             "compilation": { "cache": true },
-            "environment": { "name": "kernels", "path": { "directory": folder } },
+            "environment": { "name": name(), "path": { "directory": folder } },
         }),
         None => serde_json::json!({ "autotune": { "disable_cache": true } }),
     };
@@ -47,6 +47,32 @@ pub(super) fn keep(local_rank: usize) {
         serde_json::from_value(config).expect("what else there is has defaults");
     // The first device of the process sets it.
     CubeClRuntimeConfig::try_set(config.override_from_env());
+}
+
+/// The database: kernels of another program, compiler or driver are none of ours. (CubeCL tells programs apart by their build
+/// id, which not every linker writes, and keeps what a driver has refused.)
+fn name() -> String {
+    let program = std::env::current_exe().and_then(|path| path.metadata());
+    let program = program.map_or((0, 0, 0), |found| (found.len(), found.mtime(), found.mtime_nsec()));
+    let digest = xxhash_rust::xxh3::xxh3_64(format!("{program:?}").as_bytes());
+    let (compiler, driver) = versions();
+    format!("kernels-{digest:016x}-nvrtc-{compiler}-driver-{driver}")
+}
+
+/// NVRTC's version, and the CUDA version of the driver.
+fn versions() -> (String, i32) {
+    let (mut major, mut minor, mut driver) = (0, 0, 0);
+    // SAFETY: looking for a library runs its initialisers, as using it would; cudarc panics where it is missing. The
+    // addresses are live for the calls, and what fails leaves them as they are.
+    unsafe {
+        if cudarc::nvrtc::sys::is_culib_present() {
+            cudarc::nvrtc::sys::nvrtcVersion(&mut major, &mut minor);
+        }
+        if cudarc::driver::sys::is_culib_present() {
+            cudarc::driver::sys::cuDriverGetVersion(&mut driver);
+        }
+    }
+    (format!("{major}.{minor}"), driver)
 }
 
 /// A folder of this user's on the host's own disk. What is in it is run, so that nobody else may write there.

@@ -124,7 +124,7 @@ fn begin(loaded: &Loaded, comm: &dyn Communicator, stop: &mut StopRequest) -> Re
     let layout = Arc::new(config.sit().layout());
     let cut = Arc::new(Cut::new(config, &layout, comm));
     let owned = Owned::new(cut.owned.iter().cloned());
-    let beginning = resume::begin(loaded, comm, stop, &layout, owned, data.index().samples)?;
+    let beginning = resume::begin(loaded, comm, stop, &layout, owned, &resume::of_data(data.index()))?;
     if let Some(folder) = &beginning.folder {
         let text = crate::generate::space::text(data.index());
         // Of use where the data are not, and no reason to end a run.

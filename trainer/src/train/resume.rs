@@ -1,6 +1,7 @@
 //! What a run goes on from: a checkpoint of its own, another run's, weights to start from, or nothing.
 
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use repa_comm::{Communicator, RemoteError, all_gather};
@@ -11,9 +12,9 @@ use super::gather::{self, Search, Wanted};
 use super::placement::Placement;
 use super::{Owned, State, StopRequest, TrainError, agree};
 use crate::checkpoint::storage::is_url;
-use crate::checkpoint::{Array, Checkpoint, CheckpointError, Checkpoints, Retention, Tensors};
+use crate::checkpoint::{Array, Checkpoint, CheckpointError, Checkpoints, DataRecord, Retention, Tensors};
 use crate::config::{Config, ConfigError, InitWeights, Loaded, Resume};
-use crate::data::store::Index;
+use crate::data::store::{EncoderSpec, Index};
 use crate::params::Layout;
 use crate::weights::Weights;
 
@@ -46,23 +47,39 @@ pub(super) fn same_settings(loaded: &Loaded, comm: &dyn Communicator) -> Result<
     agree(comm, local)
 }
 
-/// Checks that all ranks see the same data: hosts may have copies, of which one may be stale.
+/// Checks that all ranks see the same data and encoders: hosts may have copies, of which one may be stale.
 pub(super) fn same_data(config: &Config, index: &Index, comm: &dyn Communicator) -> Result<(), RemoteError> {
-    let text = serde_json::to_vec(index).expect("an index serialises");
-    let mine = [xxh3_64(&text).to_le_bytes(), index.samples.to_le_bytes()].concat();
+    let mut data = index.clone();
+    let encoders = encoder_ids(&std::mem::take(&mut data.contents.encoders));
+    let digest = xxh3_64(&serde_json::to_vec(&data).expect("an index serialises"));
+    let mine = serde_json::to_vec(&(digest, index.samples, &encoders)).expect("it serialises");
     let gathered = comm.all_gather_bytes(&mine).map_err(TrainError::from);
-    let local = gathered.and_then(|all| match all[0] == mine {
-        true => Ok(()),
-        false => {
-            let samples = all[0].last_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+    let local = gathered.and_then(|all| {
+        let (theirs, samples, their_encoders): (u64, u64, Vec<String>) =
+            serde_json::from_slice(&all[0]).expect("another rank's");
+        if theirs != digest {
             let problem = format!(
                 "it holds other data than on rank 0 ({} samples, and {samples} there): give all hosts the same",
                 index.samples
             );
-            Err(ConfigError::value("data.dir", config.data.dir.display(), problem).into())
+            return Err(ConfigError::value("data.dir", config.data.dir.display(), problem).into());
         }
+        if their_encoders != encoders {
+            let problem = format!("rank 0 has {}: give all hosts the same", their_encoders.join(", "));
+            return Err(ConfigError::value("alignment.encoders", encoders.join(", "), problem).into());
+        }
+        Ok(())
     });
     agree(comm, local)
+}
+
+fn encoder_ids(encoders: &[EncoderSpec]) -> Vec<String> {
+    encoders.iter().map(|encoder| encoder.id.clone()).collect()
+}
+
+/// What a checkpoint is compared with besides the configuration.
+pub(super) fn of_data(index: &Index) -> DataRecord {
+    DataRecord { samples: index.samples, encoders: encoder_ids(&index.contents.encoders) }
 }
 
 /// What a rank begins with.
@@ -89,7 +106,7 @@ pub(super) fn begin(
     stop: &mut StopRequest,
     layout: &Layout,
     owned: Owned,
-    samples: u64,
+    data: &DataRecord,
 ) -> Result<Beginning, RemoteError> {
     let config = &loaded.config;
     let claimed = if comm.rank() == 0 { claim(config, comm, stop).map(Some) } else { Ok(None) };
@@ -100,7 +117,9 @@ pub(super) fn begin(
     let mut said = Vec::new();
     let apart = leads && !config.checkpoint.dir.as_os_str().is_empty();
     let lock = match own.local_folder() {
-        Some(folder) if apart => claim_checkpoints(folder, comm.host()).map(Some),
+        Some(checkpoints) if apart && !same_folder(checkpoints, &config.run.dir) => {
+            claim_checkpoints(checkpoints, comm.host()).map(Some)
+        }
         _ => Ok(None),
     };
     let lock = agree(comm, lock)?;
@@ -110,7 +129,7 @@ pub(super) fn begin(
         Resume::Step(step) => Wanted::Branch(step),
         _ => Wanted::Newest,
     };
-    let same = |checkpoint: &Checkpoint| same_run(config, samples, checkpoint);
+    let same = |checkpoint: &Checkpoint| same_run(config, data, checkpoint);
     let allowed = |checkpoint: &Checkpoint| match config.run.resume {
         Resume::Never => Err(refuse(config, checkpoint)),
         _ => same(checkpoint),
@@ -156,6 +175,12 @@ pub(super) fn begin(
     };
     agree(comm, written)?;
     Ok(Beginning { folder, checkpoints: own, lock, placement, state, branch, durable, said })
+}
+
+/// Whether two paths lead to one folder, which is locked already then.
+fn same_folder(a: &Path, b: &Path) -> bool {
+    let identity = |path: &Path| path.metadata().map(|found| (found.dev(), found.ino())).ok();
+    identity(a).is_some_and(|a| Some(a) == identity(b))
 }
 
 /// Rank 0 takes the run folder.
@@ -212,15 +237,14 @@ pub(super) fn retention(config: &Config) -> Retention {
 }
 
 /// Refuses to go on with settings that would change what the run is.
-fn same_run(config: &Config, samples: u64, found: &Checkpoint) -> Result<(), TrainError> {
+fn same_run(config: &Config, data: &DataRecord, found: &Checkpoint) -> Result<(), TrainError> {
     let now = serde_json::to_value(config).expect("the configuration serialises");
     let mut differing = Vec::new();
     let allowed = |key: &str| config.run.allow_changed.iter().any(|allowed| allowed == key);
-    // The place in the data, and their order, follow from it.
-    if let Some(then) =
-        found.manifest().data_samples.filter(|&then| then != samples && !allowed("data.samples"))
-    {
-        differing.push(("data.samples".to_owned(), format!("data.samples was {then} and is {samples}")));
+    for (key, then, now) in found.manifest().data.iter().flat_map(|then| then.differences(data)) {
+        if !allowed(key) {
+            differing.push((key.to_owned(), format!("{key} was {then} and is {now}")));
+        }
     }
     let default = serde_json::to_value(Config::default()).expect("the configuration serialises");
     compare("", [&found.manifest().config, &default], &now, &mut |key, then, now| {

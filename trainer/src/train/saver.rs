@@ -17,7 +17,7 @@ use super::learner::Learner;
 use super::placement::Placement;
 use super::snapshot::{Report, Setting, Writer};
 use super::{Owned, TrainError, resume};
-use crate::checkpoint::{About, CheckpointError, Checkpoints, Progress, ShardRecord};
+use crate::checkpoint::{About, CheckpointError, Checkpoints, DataRecord, Progress, ShardRecord};
 use crate::config::{CheckpointConfig, Config, Sharding};
 use crate::params::Layout;
 use crate::telemetry::names;
@@ -76,7 +76,7 @@ pub(super) struct Saver {
     /// The newest durable checkpoint.
     durable: Option<u64>,
     branch: Option<u64>,
-    data_samples: Option<u64>,
+    data: Option<DataRecord>,
     /// Sums of [`MEANS`] since the last save, and steps in them.
     sums: [f64; MEANS.len()],
     steps: u64,
@@ -119,7 +119,7 @@ impl Saver {
             failed_in_a_row: 0,
             durable: None,
             branch,
-            data_samples: None,
+            data: None,
             sums: [0.0; MEANS.len()],
             steps: 0,
             last_save: Instant::now(),
@@ -270,7 +270,7 @@ impl Saver {
             metrics,
             branch: self.branch,
             node_local: self.placement.node_local(),
-            data_samples: self.data_samples,
+            data: self.data.clone(),
         }));
         histogram!(names::CHECKPOINT_SNAPSHOT_SECONDS).record(self.begun.elapsed().as_secs_f64());
         if !self.config.asynchronous {
@@ -311,9 +311,9 @@ impl Saver {
         Err(TrainError::NotSaved { step, path: self.location.clone(), good })
     }
 
-    /// The run trains on data of so many samples.
-    pub(super) fn trains_on(&mut self, samples: u64) {
-        self.data_samples = Some(samples);
+    /// What the run trains on.
+    pub(super) fn trains_on(&mut self, data: DataRecord) {
+        self.data = Some(data);
     }
 
     /// The state that the run goes on from is durable already.

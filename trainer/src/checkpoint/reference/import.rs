@@ -141,7 +141,7 @@ pub fn import(
         metrics: Default::default(),
         branch: None,
         node_local: false,
-        data_samples: None,
+        data: None,
     };
     checkpoints.commit(&layout, about, vec![record])?;
     let path = checkpoints.path(progress.step);

@@ -1,7 +1,7 @@
 //! The configuration of a foreign checkpoint, from the shapes of its tensors and from its arguments.
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value as Json;
 
@@ -35,6 +35,8 @@ pub(super) fn config(
     let options = &Options { encoder_depth: options.encoder_depth.or(foreign.encoder_depth), ..*options };
     let sit = model(path, &foreign.model, &foreign.args, options, &mut assumed)?;
     let mut config = Config::default();
+    // The file says nothing of the data.
+    config.data.dir = PathBuf::new();
     let (model, alignment) = (&mut config.model, &mut config.alignment);
     model.input_size = sit.input_size;
     model.in_channels = sit.in_channels;
