@@ -128,6 +128,26 @@ fn half_the_bytes_on_the_wire_give_nearly_the_same_losses() {
 
 /// Grids come at their steps, the same ones whoever keeps the average and however often a run is stopped; and losses and
 /// weights are those of a run without them.
+/// Alignment that ends at a step is the run up to there, gone on with without alignment.
+#[test]
+fn alignment_ends_when_it_is_told_to() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (store, at) = (folder.path().join("store"), |name: &str| folder.path().join(name));
+    small_store(&store, 23);
+    train(2, &store, &at("ends"), &["alignment.until_step=5"]);
+    train(2, &store, &at("by-hand"), &["train.steps=5"]);
+    let changed = "run.allow_changed=[\"alignment.coefficient\"]";
+    train(2, &store, &at("by-hand"), &["alignment.coefficient=0", changed]);
+    assert!(bits(&at("ends")) == bits(&at("by-hand")));
+    let steps = log(&at("ends"));
+    assert_eq!(steps.len(), 12);
+    for record in steps {
+        let aligned = record.denoising_loss + 0.5 * record.alignment_loss;
+        let expected = if record.step <= 5 { aligned } else { record.denoising_loss };
+        assert!((record.loss - expected).abs() < 1e-6 && record.alignment_loss != 0.0, "{record:?}");
+    }
+}
+
 #[test]
 fn sample_images_change_no_bit() {
     let folder = tempfile::tempdir().expect("a folder");

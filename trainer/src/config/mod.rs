@@ -236,6 +236,9 @@ impl Default for ModelConfig {
 pub struct AlignmentConfig {
     /// Weight of the alignment loss; 0 trains plain SiT.
     pub coefficient: f64,
+    /// Steps after which it is 0, since alignment helps early and hinders late (HASTE, arXiv 2505.16792); 0 for never.
+    /// The loss is still computed, to be seen.
+    pub until_step: u64,
     /// Hidden tokens are taken after this many blocks.
     pub encoder_depth: usize,
     /// Width of the projector's hidden layers.
@@ -249,6 +252,17 @@ pub struct AlignmentConfig {
     /// What to do where the encoders' token grid differs from the model's: `none` (an error) or
     /// `bilinear`.
     pub resample: Resample,
+}
+
+impl AlignmentConfig {
+    /// The weight of the alignment loss in the step that comes after so many.
+    #[must_use]
+    pub fn coefficient_after(&self, steps: u64) -> f64 {
+        match self.until_step > 0 && steps >= self.until_step {
+            true => 0.0,
+            false => self.coefficient,
+        }
+    }
 }
 
 /// How targets come to the model's token grid.
@@ -265,6 +279,7 @@ impl Default for AlignmentConfig {
     fn default() -> Self {
         Self {
             coefficient: 0.5,
+            until_step: 0,
             encoder_depth: 4,
             projector_dim: 2048,
             z_dims: vec![768],

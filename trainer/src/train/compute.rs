@@ -8,7 +8,7 @@ use burn::tensor::{DType, Int, Tensor, TensorData};
 
 use super::inputs::Inputs;
 use crate::Device;
-use crate::config::{Config, ObjectiveConfig};
+use crate::config::{AlignmentConfig, Config, ObjectiveConfig};
 use crate::data::loader::Batch;
 use crate::data::store::Index;
 use crate::model::{Precision, Sit, SitConfig};
@@ -52,7 +52,7 @@ pub struct Compute {
     sit: SitConfig,
     objective: ObjectiveConfig,
     precision: Precision,
-    coefficient: f64,
+    alignment: AlignmentConfig,
     global_batch: usize,
     micro_batch: usize,
     /// Whether features go up as they are stored, half as many bytes, and are converted there.
@@ -68,7 +68,7 @@ impl Compute {
             sit: config.sit(),
             objective: config.objective.clone(),
             precision: config.train.precision,
-            coefficient: config.alignment.coefficient,
+            alignment: config.alignment.clone(),
             global_batch: config.train.global_batch,
             micro_batch: config.train.micro_batch,
             takes_f16: !config.device.is_cpu() && device.supports_dtype(DType::F16),
@@ -80,13 +80,13 @@ impl Compute {
         &self.device
     }
 
-    /// Gives `sink` this rank's part of the gradient of `loss_scale` x the mean loss over the *global* batch, so
-    /// that the sum over ranks is that gradient, however the batch is cut into ranks and micro-batches.
+    /// Gives `sink` this rank's part of the gradient of `loss_scale` x the mean loss over the *global* batch, in the
+    /// step that comes after `steps`, so that the sum over ranks is that gradient, however the batch is cut into ranks and micro-batches.
     pub fn gradients(
         &self,
         params: &Params,
         batch: &Batch,
-        loss_scale: f32,
+        (steps, loss_scale): (u64, f32),
         sink: &Arc<dyn GradientSink>,
     ) -> (LossSums, Details) {
         let mut sums = LossSums::default();
@@ -105,7 +105,8 @@ impl Compute {
             if part.end == samples {
                 sink.last_part();
             }
-            let of_part = self.part(params, batch, &inputs, part.clone(), loss_scale, &mut details, sink);
+            let of_part =
+                self.part(params, batch, &inputs, part.clone(), (steps, loss_scale), &mut details, sink);
             losses.push((part, of_part));
         }
         // Last of all: on a GPU, whoever reads a number waits for all that was put in its queue before.
@@ -124,7 +125,7 @@ impl Compute {
         batch: &Batch,
         inputs: &Inputs,
         samples: Range<usize>,
-        loss_scale: f32,
+        (steps, loss_scale): (u64, f32),
         details: &mut Details,
         sink: &Arc<dyn GradientSink>,
     ) -> Losses {
@@ -157,7 +158,7 @@ impl Compute {
             losses.similarities = similarities.iter().map(|s| s.clone().inner()).collect();
             let alignment = alignment_of(&similarities);
             losses.alignment = Some(alignment.clone().inner());
-            total = total + alignment.sum() * self.coefficient;
+            total = total + alignment.sum() * self.alignment.coefficient_after(steps);
         }
         let loss = total * (f64::from(loss_scale) / self.global_batch as f64);
         details.forward += begun.elapsed();

@@ -96,7 +96,7 @@ impl Learner {
         config: &Config,
         comm: &Arc<dyn Communicator>,
     ) -> Result<Pass, CommError> {
-        let scale = self.state.loss_scale(config);
+        let of_step = (self.state.step, self.state.loss_scale(config));
         let Self { layout, state, cut, compute, place } = self;
         match place {
             Place::Host(host) => {
@@ -106,7 +106,7 @@ impl Learner {
                 let collector = Arc::new(buckets::Collector::new(cut, &weights, comm));
                 let sink: Arc<dyn GradientSink> = collector.clone();
                 let params = weights.params(layout, compute.device());
-                let (losses, mut details) = compute.gradients(&params, batch, scale, &sink);
+                let (losses, mut details) = compute.gradients(&params, batch, of_step, &sink);
                 let (params, waited) = weights.finish()?;
                 state.params = params;
                 details.forward = details.forward.saturating_sub(waited);
@@ -115,7 +115,7 @@ impl Learner {
             Place::Gpu(resident) => {
                 let collector = resident.collect(comm);
                 let sink: Arc<dyn GradientSink> = collector.clone();
-                let (losses, mut details) = compute.gradients(&resident.params(), batch, scale, &sink);
+                let (losses, mut details) = compute.gradients(&resident.params(), batch, of_step, &sink);
                 let waited = resident.settle()?;
                 details.forward = details.forward.saturating_sub(waited);
                 Ok(Pass { losses, details, waited, collector: Collector::Gpu(collector) })

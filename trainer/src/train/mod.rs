@@ -171,6 +171,7 @@ impl Session {
         stop: &StopRequest,
     ) -> Result<Asked, TrainError> {
         let started = Instant::now();
+        let coefficient = config.alignment.coefficient_after(self.learner.state.step);
         comm.set_step(self.learner.state.step + 1);
         set_step(self.learner.state.step + 1);
         self.board.publish_step(self.learner.state.step + 1);
@@ -217,7 +218,7 @@ impl Session {
         let seconds = started.elapsed().as_secs_f64();
         let record = StepRecord {
             step: self.learner.state.step,
-            loss: denoising + config.alignment.coefficient * alignment,
+            loss: denoising + coefficient * alignment,
             denoising_loss: denoising,
             alignment_loss: alignment,
             grad_norm: norm,
