@@ -80,7 +80,7 @@ check-gpu:
 	@sh launcher/setup.sh gpu
 	$(CARGO) build --release --locked $(GPU_TESTS)
 	REPA_TEST_DEVICE=wgpu $(CARGO) nextest run --release --locked $(GPU_TESTS) --lib --test gpu --test golden \
-		-E 'binary(gpu) + binary(golden) + test(/^ops::/) + test(sit::tests::watched)'
+		-E 'binary(gpu) + binary(golden) + test(/^ops::/) + test(sit::tests::watched) + test(kernels::) + test(telemetry::host)'
 	REPA_TEST_DEVICE=cuda:0 REPA_TEST_GPU=stand-in $(CARGO) nextest run --release --locked $(GPU_TESTS) --test golden
 
 # The same on an NVIDIA GPU, and how long its steps take (a build of its own). pack.sh says how to carry it to a machine
