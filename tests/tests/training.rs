@@ -126,8 +126,6 @@ fn half_the_bytes_on_the_wire_give_nearly_the_same_losses() {
     assert!(log(&run("f32")).iter().all(|r| r.communication_busy_seconds > 0.0));
 }
 
-/// Grids come at their steps, the same ones whoever keeps the average and however often a run is stopped; and losses and
-/// weights are those of a run without them.
 /// Alignment that ends at a step is the run up to there, gone on with without alignment.
 #[test]
 fn alignment_ends_when_it_is_told_to() {
@@ -148,6 +146,8 @@ fn alignment_ends_when_it_is_told_to() {
     }
 }
 
+/// Grids come at their steps, the same ones whoever keeps the average and however often a run is stopped; and losses and
+/// weights are those of a run without them.
 #[test]
 fn sample_images_change_no_bit() {
     let folder = tempfile::tempdir().expect("a folder");

@@ -109,7 +109,7 @@ impl Engine {
             let members: Vec<usize> =
                 (0..size).filter(|&rank| topology.node_of[rank] == topology.node).collect();
             let mut all = |mine: Result<(), CommError>| {
-                if let (Err(error), 0) = (&mine, topology.local_rank) {
+                if let Err(error) = &mine {
                     // Nobody listens to warnings yet.
                     say(&format!(
                         "warning: no shared memory between the ranks of {}: {error}",

@@ -33,16 +33,20 @@ pub struct Progress {
 pub struct DataRecord {
     /// Samples of the data.
     pub samples: u64,
-    /// The encoders' ids, whether features are stored or not.
+    /// The ids of the encoders that the run aligns to, whether features are stored or not.
     pub encoders: Vec<String>,
 }
 
 impl DataRecord {
-    /// What a run that goes on has otherwise: the key of its configuration that it follows from, what was and what is. Of
-    /// encoders the kind counts, and not the digest behind it: files of one model differ.
+    /// What a run that goes on has otherwise: a key for `run.allow_changed`, what was and what is. Of encoders the kind
+    /// counts, and not the digest behind it: files of one model differ.
     pub fn differences(&self, now: &Self) -> Vec<(&'static str, String, String)> {
         let kinds = |encoders: &[String]| {
-            let kind = |id: &String| id.rsplit_once('-').map_or(id.clone(), |(kind, _)| kind.to_owned());
+            let digest = |end: &str| end.len() == 8 && end.bytes().all(|b| b.is_ascii_hexdigit());
+            let kind = |id: &String| match id.rsplit_once('-') {
+                Some((kind, end)) if digest(end) => kind.to_owned(),
+                _ => id.clone(),
+            };
             encoders.iter().map(kind).collect::<Vec<_>>()
         };
         let mut found = Vec::new();
@@ -178,5 +182,6 @@ mod tests {
         assert_eq!(keys(&first, &of(8, &["dinov2-vit-b-0123abcd"])), ["data.samples"]);
         assert_eq!(keys(&first, &of(7, &["mae-vit-b-0123abcd"])), ["alignment.encoders"]);
         assert_eq!(keys(&first, &of(9, &[])), ["data.samples", "alignment.encoders"]);
+        assert_eq!(keys(&of(7, &["emoji-small"]), &of(7, &["emoji-large"])), ["alignment.encoders"]);
     }
 }

@@ -236,8 +236,9 @@ impl Default for ModelConfig {
 pub struct AlignmentConfig {
     /// Weight of the alignment loss; 0 trains plain SiT.
     pub coefficient: f64,
-    /// Steps after which it is 0, since alignment helps early and hinders late (HASTE, arXiv 2505.16792); 0 for never.
-    /// The loss is still computed, to be seen.
+    /// Steps after which the coefficient is 0, since alignment helps early and hinders late (HASTE, arXiv 2505.16792);
+    /// 0 for never. The loss is still computed, to be seen in the log. (The best checkpoints are then to be chosen by
+    /// checkpoint.best_metric = denoising_loss: the sum of the losses jumps.)
     pub until_step: u64,
     /// Hidden tokens are taken after this many blocks.
     pub encoder_depth: usize,

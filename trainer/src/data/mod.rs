@@ -27,6 +27,10 @@ use store::{INDEX_FILE, LatentStore, StoreError};
 /// # Errors
 /// There is neither, or it is not sound.
 pub fn open(dir: &Path) -> Result<LatentStore, StoreError> {
+    if dir.as_os_str().is_empty() {
+        // Not the current folder: nobody has named any data.
+        return Err(StoreError::Missing { dir: dir.to_owned() });
+    }
     if dir.join(INDEX_FILE).exists() || !RepaTree::is_at(dir) {
         return LatentStore::open(dir);
     }

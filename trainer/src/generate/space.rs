@@ -27,12 +27,8 @@ pub(crate) fn text(index: &Index) -> String {
 /// autoencoder's own scale.
 pub(super) fn find(config: &Config, device: &Device) -> Result<(Index, Autoencoder), GenerateError> {
     let dir = &config.data.dir;
-    let opened = match dir.as_os_str().is_empty() {
-        true => Err(StoreError::Missing { dir: dir.clone() }),
-        false => data::open(dir).map(|store| store.index().clone()),
-    };
-    let index = match opened {
-        Ok(index) => index,
+    let index = match data::open(dir) {
+        Ok(store) => store.index().clone(),
         Err(StoreError::Missing { dir }) => match read(&kept(&config.run.dir))? {
             Some(index) => index,
             None if dir.as_os_str().is_empty() && !config.sample.autoencoder.as_os_str().is_empty() => {

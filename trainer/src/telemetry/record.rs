@@ -89,7 +89,8 @@ impl StepRecord {
     pub fn publish(&self, rank: &RankRecord, facts: &Facts) {
         gauge!(names::LOSS).set(self.loss);
         gauge!(names::DENOISING_LOSS).set(self.denoising_loss);
-        gauge!(names::ALIGNMENT_LOSS).set(self.alignment_loss);
+        // What training no longer asks for raises no alert.
+        gauge!(names::ALIGNMENT_LOSS).set(if rank.has_aligned { self.alignment_loss } else { f64::NAN });
         gauge!(names::GRADIENT_NORM).set(self.grad_norm);
         gauge!(names::LEARNING_RATE).set(self.learning_rate);
         gauge!(names::STEP).set(self.step as f64);
@@ -127,6 +128,8 @@ pub struct RankRecord {
     pub details: Details,
     /// What the loss was multiplied by, where loss scaling is in use.
     pub loss_scale: Option<f64>,
+    /// Whether the alignment loss has counted.
+    pub has_aligned: bool,
 }
 
 /// What does not change during a run, and metrics follow from.

@@ -133,30 +133,43 @@ pub(super) fn find(
 
 /// What is in the place that this rank sees.
 fn look(checkpoints: &Checkpoints, wanted: Wanted) -> Result<Vec<Sight>, CheckpointError> {
-    // Who asks for one step can do without the others.
-    let matters = |step: u64| match wanted {
-        Wanted::Newest => true,
-        Wanted::Step(wanted) | Wanted::Branch(wanted) => step == wanted,
-    };
-    let sight = |step| {
-        let opened = checkpoints.open_any(step).and_then(|checkpoint| {
+    let steps = checkpoints.list()?.steps;
+    let opened: Vec<_> = steps
+        .iter()
+        .map(|&step| {
+            let checkpoint = checkpoints.open_any(step)?;
             let missing = checkpoint.missing()?;
             Ok((checkpoint, missing))
-        });
-        Ok(match opened {
-            Ok((checkpoint, missing)) => {
-                let of = checkpoint.manifest().shards.len();
-                let text = serde_json::to_vec(checkpoint.manifest()).expect("a manifest serialises");
-                let shards = (0..of).filter(|n| !missing.contains(n)).collect();
-                Sight { step, digest: xxh3_64(&text), shards, of, problem: None }
-            }
-            Err(error) if error.may_be_good() && matters(step) => return Err(error),
-            Err(error) => {
-                Sight { step, digest: 0, shards: Vec::new(), of: 0, problem: Some(error.to_string()) }
-            }
         })
+        .collect();
+    let began =
+        |wanted| opened.iter().flatten().any(|(checkpoint, _)| checkpoint.manifest().branch == Some(wanted));
+    // Who asks for one step can do without the others, until the run has gone on from there.
+    let matters = |step: u64| match wanted {
+        Wanted::Newest => true,
+        Wanted::Step(wanted) => step == wanted,
+        Wanted::Branch(wanted) => step == wanted || (step > wanted && began(wanted)),
     };
-    checkpoints.list()?.steps.into_iter().map(sight).collect()
+    let unreachable = |(step, opened): (&u64, &Result<_, CheckpointError>)| {
+        opened.as_ref().is_err_and(|error: &CheckpointError| error.may_be_good()) && matters(*step)
+    };
+    if let Some(at) = steps.iter().zip(&opened).position(unreachable) {
+        return opened
+            .into_iter()
+            .nth(at)
+            .expect("it is one of them")
+            .map(|_: (Checkpoint, Vec<usize>)| Vec::new());
+    }
+    let sight = |(step, opened): (u64, Result<(Checkpoint, Vec<usize>), CheckpointError>)| match opened {
+        Ok((checkpoint, missing)) => {
+            let of = checkpoint.manifest().shards.len();
+            let text = serde_json::to_vec(checkpoint.manifest()).expect("a manifest serialises");
+            let shards = (0..of).filter(|n| !missing.contains(n)).collect();
+            Sight { step, digest: xxh3_64(&text), shards, of, problem: None }
+        }
+        Err(error) => Sight { step, digest: 0, shards: Vec::new(), of: 0, problem: Some(error.to_string()) },
+    };
+    Ok(steps.iter().copied().zip(opened).map(sight).collect())
 }
 
 /// Whether a step's checkpoint is all there, and if not, why. Its digests are unread. The same on all ranks.

@@ -9,6 +9,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use burn_std::config::RuntimeConfig;
 use cubecl_runtime::config::CubeClRuntimeConfig;
@@ -37,16 +38,40 @@ pub(super) fn keep(local_rank: usize) {
             .then_some(folder)
     });
     let config = match folder {
-        Some(folder) => serde_json::json!({
-            "compilation": { "cache": true },
-            "environment": { "name": name(), "path": { "directory": folder } },
-        }),
+        Some(folder) => {
+            let name = name();
+            clear(&folder, &name);
+            serde_json::json!({
+                "compilation": { "cache": true },
+                "environment": { "name": name, "path": { "directory": folder } },
+            })
+        }
         None => serde_json::json!({ "autotune": { "disable_cache": true } }),
     };
     let config: CubeClRuntimeConfig =
         serde_json::from_value(config).expect("what else there is has defaults");
     // The first device of the process sets it.
     CubeClRuntimeConfig::try_set(config.override_from_env());
+}
+
+/// A database that nobody has opened for so long is of a program, compiler or driver that is gone.
+const FORGOTTEN: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// Removes old databases of a folder that this process holds. What cannot be removed is in nobody's way.
+fn clear(folder: &Path, name: &str) {
+    for entry in folder.read_dir().into_iter().flatten().flatten() {
+        let other = entry
+            .file_name()
+            .to_str()
+            .is_some_and(|file| file.starts_with("kernels-") && !file.starts_with(name));
+        let age = entry
+            .metadata()
+            .and_then(|found| found.modified())
+            .map(|time| time.elapsed().unwrap_or_default());
+        if other && age.is_ok_and(|age| age > FORGOTTEN) {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
 }
 
 /// The database: kernels of another program, compiler or driver are none of ours. (CubeCL tells programs apart by their build
@@ -59,8 +84,8 @@ fn name() -> String {
     format!("kernels-{digest:016x}-nvrtc-{compiler}-driver-{driver}")
 }
 
-/// NVRTC's version, and the CUDA version of the driver.
-fn versions() -> (String, i32) {
+/// NVRTC's version and the driver's, or the newest CUDA that it knows where it does not tell its own.
+fn versions() -> (String, String) {
     let (mut major, mut minor, mut driver) = (0, 0, 0);
     // SAFETY: looking for a library runs its initialisers, as using it would; cudarc panics where it is missing. The
     // addresses are live for the calls, and what fails leaves them as they are.
@@ -72,7 +97,8 @@ fn versions() -> (String, i32) {
             cudarc::driver::sys::cuDriverGetVersion(&mut driver);
         }
     }
-    (format!("{major}.{minor}"), driver)
+    let own = nvml_wrapper::Nvml::init().and_then(|nvml| nvml.sys_driver_version());
+    (format!("{major}.{minor}"), own.unwrap_or_else(|_| format!("cuda-{driver}")))
 }
 
 /// A folder of this user's on the host's own disk. What is in it is run, so that nobody else may write there.
@@ -120,6 +146,30 @@ mod tests {
         assert!(claim(&own).expect("made"));
         assert!(!claim(&own).expect("looked at"), "it is held by now");
         assert!(claim(&folder.path().join("deep/rank-1")).expect("made"));
+    }
+
+    #[test]
+    fn databases_have_makers_and_an_age() {
+        let (name, again) = (name(), name());
+        assert_eq!(name, again);
+        assert!(
+            name.starts_with("kernels-") && name.contains("-nvrtc-") && name.contains("-driver-"),
+            "{name}"
+        );
+        let folder = tempfile::tempdir().expect("a folder");
+        let old = std::time::SystemTime::now() - 2 * FORGOTTEN;
+        let made = |file: &str, time: std::time::SystemTime| {
+            let path = folder.path().join(file);
+            File::create(&path).expect("made").set_modified(time).expect("set");
+            path
+        };
+        let own = made(&format!("{name}.db"), old);
+        let gone = ["kernels-0.db", "kernels-0.db-wal"].map(|file| made(file, old));
+        let others = [made("kernels-1.db", std::time::SystemTime::now()), made("lock", old)];
+        clear(folder.path(), &name);
+        assert!(
+            own.exists() && others.iter().all(|path| path.exists()) && !gone.iter().any(|path| path.exists())
+        );
     }
 
     #[test]

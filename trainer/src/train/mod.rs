@@ -124,7 +124,8 @@ fn begin(loaded: &Loaded, comm: &dyn Communicator, stop: &mut StopRequest) -> Re
     let layout = Arc::new(config.sit().layout());
     let cut = Arc::new(Cut::new(config, &layout, comm));
     let owned = Owned::new(cut.owned.iter().cloned());
-    let beginning = resume::begin(loaded, comm, stop, &layout, owned, &resume::of_data(data.index()))?;
+    let beginning =
+        resume::begin(loaded, comm, stop, &layout, owned, &resume::of_data(config, data.index()))?;
     if let Some(folder) = &beginning.folder {
         let text = crate::generate::space::text(data.index());
         // Of use where the data are not, and no reason to end a run.
@@ -239,6 +240,7 @@ impl Session {
             communicated: after.bytes - before.bytes,
             details,
             loss_scale: config.train.precision.needs_loss_scaling().then_some(f64::from(scale)),
+            has_aligned: coefficient > 0.0,
         };
         self.tell(&record.rounded(), &rank, config)?;
         self.feed.recycle(batch);

@@ -78,8 +78,10 @@ fn encoder_ids(encoders: &[EncoderSpec]) -> Vec<String> {
 }
 
 /// What a checkpoint is compared with besides the configuration.
-pub(super) fn of_data(index: &Index) -> DataRecord {
-    DataRecord { samples: index.samples, encoders: encoder_ids(&index.contents.encoders) }
+pub(super) fn of_data(config: &Config, index: &Index) -> DataRecord {
+    let aligns = !config.alignment.z_dims.is_empty();
+    let encoders = if aligns { encoder_ids(&index.contents.encoders) } else { Vec::new() };
+    DataRecord { samples: index.samples, encoders }
 }
 
 /// What a rank begins with.

@@ -97,7 +97,7 @@ impl Session {
         if durable {
             saver.is_durable(state.step);
         }
-        saver.trains_on(super::resume::of_data(data.index()));
+        saver.trains_on(super::resume::of_data(config, data.index()));
         Ok(Self {
             feed: data.feed(plan)?,
             skipped_in_a_row: 0,

@@ -157,6 +157,7 @@ fn records(config: &Config, comm: &dyn Communicator) -> (StepRecord, RankRecord)
             backward: Duration::from_millis(70),
         },
         loss_scale: Some(65_536.0),
+        has_aligned: true,
     };
     (record, rank)
 }
