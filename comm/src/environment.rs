@@ -12,7 +12,7 @@ pub enum Launcher {
     Bare,
     /// OpenMPI's mpirun, with this many ranks.
     OpenMpi(usize),
-    /// A PMIx host, such as `srun --mpi=pmix`.
+    /// A PMIx host, such as `srun --mpi=pmix`, with this many ranks where SLURM says it.
     Pmix(Option<usize>),
     /// A launcher that speaks PMI (MPICH's family), with this many ranks if it says so.
     Pmi(Option<usize>),

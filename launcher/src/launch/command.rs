@@ -191,8 +191,7 @@ mod tests {
         assert_eq!(
             quoted(&one),
             "mpirun --tag-output --mca repa_launch_job j --bind-to none --oversubscribe --wdir /here -n 2 \
-             /bin/repa-dist train \
-             train.steps=5 'run.dir=my run'"
+             /bin/repa-dist train train.steps=5 'run.dir=my run'"
         );
         let crowded = quoted(&line().words(&Placement::Local(5), &[], &[]));
         assert!(crowded.contains("mpi_yield_when_idle 1 --oversubscribe"), "{crowded}");

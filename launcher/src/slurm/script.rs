@@ -279,7 +279,7 @@ fn saved(job: &Job) -> String {
     match &job.checkpoints {
         Some(place) if is_url(place) => {
             "so_far() { cat \"$run/events.jsonl\" 2>/dev/null | grep -c '\"kind\":\"durable\"'; }\n\
-                                         saved() { [ \"$(so_far)\" -gt \"$(cat \"$started\")\" ]; }\n"
+             saved() { [ \"$(so_far)\" -gt \"$(cat \"$started\")\" ]; }\n"
                 .to_owned()
         }
         place => {

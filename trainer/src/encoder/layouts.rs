@@ -243,7 +243,7 @@ pub fn infer(weights: &Weights, family: Family) -> Result<VitConfig, EncoderErro
             "OpenAI has no CLIP of width {embed_dim}, and others' differ in ways not read here"
         )));
     }
-    let positions = shape("pos_embed", 3)?[1] - usize::from(family.class_token());
+    let positions = shape("pos_embed", 3)?[1].saturating_sub(usize::from(family.class_token()));
     let grid = positions.isqrt();
     if grid == 0 || grid * grid != positions {
         return Err(unknown(format!("pos_embed holds {positions} patch positions, which is no square grid")));

@@ -40,8 +40,8 @@ impl Classes {
 }
 
 /// Draws `count` images on all ranks, which take turns, and has rank 0 write them to an `.npz` as they come: `arr_0`,
-/// uint8 [N, H, W, 3], values cut off below the point as the reference cuts them off. Noise and classes are the same in the same order on any number of ranks. Called by all of them;
-/// `done` hears on each how many are written.
+/// uint8 [N, H, W, 3], values cut off below the point as the reference cuts them off. Noise and classes are the same in
+/// the same order on any number of ranks. Called by all of them; `done` hears on each how many are written.
 ///
 /// # Errors
 /// A sampler's on any rank, or rank 0's disk is full: the same on all ranks, and no file is left. (A job that is ended

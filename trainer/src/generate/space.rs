@@ -23,8 +23,8 @@ pub(crate) fn text(index: &Index) -> String {
 }
 
 /// What the run trained on and the autoencoder that goes with it: from the store; where that is not here, from what the
-/// run keeps of it; where there never was one (`data.dir` is empty, as in an imported run), from the model's shape and the
-/// autoencoder's own scale.
+/// run keeps of it; where there never was one (`data.dir` is empty, as in an imported run), from the model's shape and
+/// the autoencoder's own scale.
 pub(super) fn find(config: &Config, device: &Device) -> Result<(Index, Autoencoder), GenerateError> {
     let dir = &config.data.dir;
     let index = match data::open(dir) {

@@ -81,7 +81,8 @@ impl Compute {
     }
 
     /// Gives `sink` this rank's part of the gradient of `loss_scale` x the mean loss over the *global* batch, in the
-    /// step that comes after `steps`, so that the sum over ranks is that gradient, however the batch is cut into ranks and micro-batches.
+    /// step that comes after `steps`, so that the sum over ranks is that gradient, however the batch is cut into ranks
+    /// and micro-batches.
     pub fn gradients(
         &self,
         params: &Params,

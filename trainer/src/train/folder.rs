@@ -43,8 +43,8 @@ impl RunFolder {
     }
 }
 
-/// Takes the folder of a run's checkpoints, where it is not in the run folder: two runs there would clear away each other's.
-/// It is held as long as the file is open.
+/// Takes the folder of a run's checkpoints, where it is not in the run folder: two runs there would clear away each
+/// other's. It is held as long as the file is open.
 ///
 /// # Errors
 /// Another run has it, or it cannot be written.

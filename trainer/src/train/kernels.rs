@@ -74,8 +74,8 @@ fn clear(folder: &Path, name: &str) {
     }
 }
 
-/// The database: kernels of another program, compiler or driver are none of ours. (CubeCL tells programs apart by their build
-/// id, which not every linker writes, and keeps what a driver has refused.)
+/// The database: kernels of another program, compiler or driver are none of ours. (CubeCL tells programs apart by their
+/// build id, which not every linker writes, and keeps what a driver has refused.)
 fn name() -> String {
     let program = std::env::current_exe().and_then(|path| path.metadata());
     let program = program.map_or((0, 0, 0), |found| (found.len(), found.mtime(), found.mtime_nsec()));
