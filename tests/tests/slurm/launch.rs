@@ -109,7 +109,7 @@ fn launch_asks_the_job_where_ranks_run() {
     let first = says(&five, &["--hosts", "n3:2,n1"], &format!("{slurm}n3,n1' -H n3:2,n1:1"));
     assert!(!first.contains("allocation"), "{first}");
     says(&five, &["--hosts", "n3,h9"], "--mca plm rsh --mca plm_rsh_no_tree_spawn 1 -H n3:1,h9:1");
-    says(&five, &["--local", "2"], "-x");
+    says(&five, &["--local", "2"], "--oversubscribe -x");
     // Through SLURM, two of the hosts, more ranks than it counts tasks.
     let said = in_job(&["-N3", "-n3"], &["--hosts", "n2:2,n3:1"]).expect_code(0);
     assert!(
