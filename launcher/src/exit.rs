@@ -5,7 +5,6 @@ use std::process::ExitCode;
 use repa_trainer::checkpoint::CheckpointError;
 use repa_trainer::config::ConfigError;
 use repa_trainer::data::store::StoreError;
-use repa_trainer::evaluate::EvaluationError;
 use repa_trainer::exit::Kind;
 pub use repa_trainer::exit::Outcome;
 use repa_trainer::figures::FigureError;
@@ -110,17 +109,6 @@ impl From<LaunchError> for Failure {
 impl From<GenerateError> for Failure {
     fn from(error: GenerateError) -> Self {
         Self::of(error.kind(), &error)
-    }
-}
-
-impl From<EvaluationError> for Failure {
-    fn from(error: EvaluationError) -> Self {
-        match error {
-            EvaluationError::Generate(error) => error.into(),
-            EvaluationError::Distance(error) => Self::runtime(error),
-            EvaluationError::Features(message) => Self::data(message),
-            other => Self::runtime(other),
-        }
     }
 }
 

@@ -2,6 +2,7 @@
 //! them on.
 
 pub mod hosts;
+pub mod inception;
 pub mod prometheus;
 pub mod python;
 pub mod s3;

@@ -1,5 +1,5 @@
 //! docs/imagenet.md, command by command, on a tree of the same shape: 256-pixel images, a VAE that halves
-//! them three times and an encoder as wide as DINOv2-B, both shallow and random. Some 5 s on two cores.
+//! them three times and an encoder as wide as DINOv2-B, both shallow and random. Some 15 s on two cores.
 
 use std::path::Path;
 use std::process::Command;
@@ -8,6 +8,9 @@ use std::time::Duration;
 use repa_tests::{Running, binary, random_weights};
 use repa_trainer::autoencoder::kl::KlConfig;
 use repa_trainer::encoder::vit::VitConfig;
+use repa_trainer::evaluate::Inception;
+use repa_trainer::figures::NpzWriter;
+use repa_trainer::images::Image;
 
 const GUIDE: &str = include_str!("../../docs/imagenet.md");
 const DEADLINE: Duration = Duration::from_secs(120);
@@ -51,6 +54,14 @@ fn lay_out(root: &Path) {
     let published = VitConfig::published('b', false).expect("published");
     let shallow = VitConfig { depth: 1, ..published };
     random_weights(&root.join("weights/dinov2_vitb14_pretrain.pth"), &shallow.layout(), &[]);
+    random_weights(&root.join("weights/pt_inception-2015-12-05-6726825d.pth"), &Inception::layout(), &[]);
+    let batch = root.join("weights/VIRTUAL_imagenet256_labeled.npz");
+    let mut batch = NpzWriter::create(&batch, 4, 256, 256).expect("created");
+    for seed in 1..5 {
+        let pixels = image(256, 256, seed).into_raw();
+        batch.push(&Image { width: 256, height: 256, pixels }).expect("pushed");
+    }
+    batch.finish().expect("finished");
     let configs = root.join("configs");
     std::fs::create_dir_all(&configs).expect("a folder");
     let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/sit-xl2-repa.toml");
@@ -95,7 +106,8 @@ fn every_command_of_the_guide_works() {
             .replace("-n 4", "-n 2")
             .replace("/scratch", &scratch)
             .replace("--per-class 1", "--per-class 1 sample.solver.num_steps=2")
-            .replace("--samples 50000", "--samples 3")
+            .replace("--samples 50000", "--samples 4")
+            .replace("evaluate --run", "evaluate --samples 4 --run")
             .replace("num_steps=250", "num_steps=2")
             .replace("repa-dist", &binary().display().to_string())
             .replace("mpirun", "mpirun --allow-run-as-root --oversubscribe --bind-to none");
@@ -106,7 +118,16 @@ fn every_command_of_the_guide_works() {
         seen.push(command);
     }
     assert!(seen.len() >= 9, "{seen:#?}");
-    for word in ["data encode", "data info", "data verify", "data import", "data stage", "train", "sample"] {
+    for word in [
+        "data encode",
+        "data info",
+        "data verify",
+        "data import",
+        "data stage",
+        "train",
+        "sample",
+        "evaluate",
+    ] {
         assert!(seen.iter().any(|c| c.contains(word)), "the guide has no {word}");
     }
 }

@@ -54,7 +54,7 @@ enum Command {
     Data(data::Arguments),
     /// Draw images from a run's averaged weights, as a labelled grid
     Sample(sample::Arguments),
-    /// Measure how far a run's samples are from its data (Fréchet distance in encoder features)
+    /// Measure how far a run's samples are from its data: Fréchet distances in encoder features, or ADM's scores (FID)
     Evaluate(evaluate::Arguments),
     /// List, verify, export and import checkpoints
     Checkpoint(checkpoint::Arguments),

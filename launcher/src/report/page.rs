@@ -3,6 +3,7 @@
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
+use repa_trainer::evaluate::Scores;
 use repa_trainer::telemetry::progress::duration;
 
 use super::curves::{QUANTITIES, curves};
@@ -120,7 +121,28 @@ fn samples(runs: &[Run], names: &[String], pictures: usize) -> Markup {
                     ", the data's own halves " (format!("{:.2}", e.floor)) ")"
                 }
             }
+            @if let Some(scores) = &run.scores {
+                p {
+                    @if runs.len() > 1 { (name) ": " }
+                    (scores_line(scores))
+                }
+            }
         }
+    }
+}
+
+fn scores_line(scores: &Scores) -> Markup {
+    let also = |name: &str, value: Option<f64>| {
+        value.map(|value| format!(", {name} {value:.2}")).unwrap_or_default()
+    };
+    html! {
+        (scores.samples) " samples"
+        @if let Some(step) = scores.step { " at step " (step) }
+        @if let Some(scale) = scores.cfg_scale { " (guidance " (scale) ")" }
+        " against " (scores.reference) ": FID "
+        strong { (format!("{:.2}", scores.fid)) }
+        (also("sFID", scores.sfid)) (also("inception score", Some(scores.inception_score)))
+        (also("precision", scores.precision)) (also("recall", scores.recall))
     }
 }
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use repa_trainer::checkpoint::name;
-use repa_trainer::evaluate::Evaluation;
+use repa_trainer::evaluate::{Evaluation, Scores};
 use repa_trainer::telemetry::events::{Event, events_path, parse_events};
 use repa_trainer::telemetry::record::{StepRecord, log_path, read_log};
 use repa_trainer::train::{Status, checkpoints_of};
@@ -18,6 +18,10 @@ use crate::exit::Failure;
 use crate::launch::{Attempts, Record};
 
 pub use follow::{Follow, News};
+
+/// Where a run folder keeps what `evaluate` finds, and what it finds with Inception v3.
+pub const EVALUATION: &str = "evaluation.json";
+pub const SCORES: &str = "scores.json";
 
 /// Rank 0 writes its status every second: one as old as this is of a run that is no more.
 const SIGN_OF_LIFE: f64 = 15.0;
@@ -47,6 +51,8 @@ pub struct Run {
     pub samples: Vec<Sample>,
     /// How far samples are from the data.
     pub evaluation: Option<Evaluation>,
+    /// What ADM's evaluator would say of them.
+    pub scores: Option<Scores>,
 }
 
 /// A checkpoint.
@@ -138,7 +144,8 @@ impl Run {
             attempts: Attempts::read(folder),
             checkpoints: checkpoints(folder),
             samples: samples(&folder.join("samples")),
-            evaluation: serde_json::from_str(&text("evaluation.json")).ok(),
+            evaluation: serde_json::from_str(&text(EVALUATION)).ok(),
+            scores: serde_json::from_str(&text(SCORES)).ok(),
             folder: folder.to_owned(),
         })
     }

@@ -102,14 +102,26 @@ pub fn device() -> Device {
     repa_trainer::train::device(&name, 0).unwrap_or_else(|e| panic!("REPA_TEST_DEVICE: {e}"))
 }
 
+/// The same for networks of billions of operations, which the stand-in for CUDA would take an hour for.
+pub fn device_for_much() -> Device {
+    if is_stand_in() {
+        println!("computed on the CPU: the stand-in for CUDA would take too long");
+        return Device::flex();
+    }
+    device()
+}
+
+fn is_stand_in() -> bool {
+    std::env::var_os("REPA_TEST_GPU").is_some_and(|name| name == "stand-in")
+}
+
 /// What the tolerances of the golden README are multiplied by. They are for float32; a GPU multiplies
 /// matrices in TF32, whose 10 bits of fraction are 2^13 times coarser than float32's 23, and errors of
 /// random sign average out over a sum: two orders of magnitude are allowed. The stand-in for CUDA (`tests/stand_in`)
 /// multiplies in float32.
 pub fn slack() -> f64 {
-    let stand_in = std::env::var_os("REPA_TEST_GPU").is_some_and(|name| name == "stand-in");
     match std::env::var("REPA_TEST_DEVICE") {
-        Ok(name) if name.starts_with("cuda") && !stand_in => 100.0,
+        Ok(name) if name.starts_with("cuda") && !is_stand_in() => 100.0,
         _ => 1.0,
     }
 }

@@ -9,8 +9,10 @@ mod compare;
 mod dinov2;
 mod encoder;
 mod frechet;
+mod inception;
 mod pos_embed;
 mod sample;
+mod scores;
 mod taesd;
 mod train;
 mod vae;
@@ -32,8 +34,10 @@ fn checks() -> BTreeMap<&'static str, Check> {
         ("encoder", encoder::check),
         ("checkpoint", checkpoint::check),
         ("frechet", frechet::check),
+        ("inception", inception::check),
         ("pos_embed", pos_embed::check),
         ("sample", sample::check),
+        ("scores", scores::check),
         ("taesd", taesd::check),
         ("train", train::check),
         ("vae", vae::check),

@@ -149,25 +149,59 @@ impl GaussianStatistics {
         Ok(self.scatter.iter().map(|s| s * scale).collect())
     }
 
-    /// The Fréchet distance |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of the two Gaussians. The
-    /// trace of the root is the sum of the roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which is
-    /// symmetric; singular covariances (fewer samples than features) need no special care.
+    /// The Gaussian fitted to the samples, with the covariance normalised by N - 1.
+    ///
+    /// # Errors
+    /// [`EvaluateError::TooFew`] below two samples.
+    pub fn gaussian(&self) -> Result<Gaussian, EvaluateError> {
+        Ok(Gaussian { mean: self.mean.clone(), covariance: self.covariance()? })
+    }
+
+    /// The Fréchet distance of the Gaussians fitted to both.
     ///
     /// # Errors
     /// Fewer than two samples on a side, different numbers of features, or no convergence.
+    pub fn frechet_distance(&self, other: &Self) -> Result<f64, EvaluateError> {
+        self.gaussian()?.frechet_distance(&other.gaussian()?)
+    }
+}
+
+/// A Gaussian of features.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Gaussian {
+    mean: Vec<f64>,
+    covariance: Vec<f64>,
+}
+
+impl Gaussian {
+    /// Of a mean [D] and a covariance [D, D], flattened. Other lengths are a programming error and panic.
+    pub fn new(mean: Vec<f64>, covariance: Vec<f64>) -> Self {
+        assert_eq!(covariance.len(), mean.len() * mean.len(), "no covariance of {} features", mean.len());
+        Self { mean, covariance }
+    }
+
+    /// Number of features of a sample.
+    pub fn dimensions(&self) -> usize {
+        self.mean.len()
+    }
+
+    /// The Fréchet distance |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of the two Gaussians. With S1 = L L^T, the
+    /// trace of the root is the sum of the roots of the eigenvalues of L^T S2 L, which is symmetric; singular
+    /// covariances (fewer samples than features) need no special care.
+    ///
+    /// # Errors
+    /// Different numbers of features, or no convergence.
     pub fn frechet_distance(&self, other: &Self) -> Result<f64, EvaluateError> {
         let d = self.dimensions();
         if d != other.dimensions() {
             return Err(EvaluateError::Dimensions { a: d, b: other.dimensions() });
         }
-        let (s1, s2) = (self.covariance()?, other.covariance()?);
-        let (s1, s2) = (MatRef::from_row_major_slice(&s1, d, d), MatRef::from_row_major_slice(&s2, d, d));
-        let eigen = s1.self_adjoint_eigen(Side::Lower).map_err(|_| EvaluateError::Eigenvalues)?;
-        let (q, roots) = (eigen.U(), eigen.S().column_vector());
-        let scaled = Mat::from_fn(d, d, |i, j| q[(i, j)] * roots[j].max(0.0).sqrt());
-        let root = &scaled * q.transpose();
-        let product = &root * s2 * &root;
-        let product = Mat::from_fn(d, d, |i, j| 0.5 * (product[(i, j)] + product[(j, i)]));
+        let (s1, s2) = (&self.covariance, &other.covariance);
+        let (s1, s2) = (MatRef::from_row_major_slice(s1, d, d), MatRef::from_row_major_slice(s2, d, d));
+        let factor = factor(s1);
+        let product = factor.transpose() * s2 * &factor;
+        let rank = product.nrows();
+        let product = Mat::from_fn(rank, rank, |i, j| 0.5 * (product[(i, j)] + product[(j, i)]));
         let values = product.self_adjoint_eigenvalues(Side::Lower).map_err(|_| EvaluateError::Eigenvalues)?;
         let trace_of_root: f64 = values.iter().map(|v| v.max(0.0).sqrt()).sum();
         let traces: f64 = (0..d).map(|i| s1[(i, i)] + s2[(i, i)]).sum();
@@ -175,6 +209,39 @@ impl GaussianStatistics {
         // Rounding may leave equal distributions a hair below zero.
         Ok((means + traces - 2.0 * trace_of_root).max(0.0))
     }
+}
+
+/// L [D, rank] with L L^T = `covariance`, by Cholesky's method.
+fn factor(covariance: MatRef<f64>) -> Mat<f64> {
+    match covariance.llt(Side::Lower) {
+        Ok(factor) => factor.L().to_owned(),
+        Err(_) => pivoted(covariance),
+    }
+}
+
+/// The same of a singular matrix: the largest of what is left of the diagonal comes next, until that is rounding.
+fn pivoted(covariance: MatRef<f64>) -> Mat<f64> {
+    let d = covariance.nrows();
+    let mut left: Vec<f64> = (0..d).map(|i| covariance[(i, i)]).collect();
+    let rounding = left.iter().copied().fold(0.0, f64::max) * d as f64 * f64::EPSILON;
+    let mut columns: Vec<Vec<f64>> = Vec::new();
+    while let Some(pivot) =
+        (0..d).max_by(|&i, &j| left[i].total_cmp(&left[j])).filter(|&i| left[i] > rounding)
+    {
+        let mut column: Vec<f64> = (0..d).map(|i| covariance[(i, pivot)]).collect();
+        for other in &columns {
+            let share = other[pivot];
+            column.iter_mut().zip(other).for_each(|(value, part)| *value -= share * part);
+        }
+        let length = left[pivot].sqrt();
+        for (value, left) in column.iter_mut().zip(&mut left) {
+            *value /= length;
+            *left -= *value * *value;
+        }
+        left[pivot] = 0.0;
+        columns.push(column);
+    }
+    Mat::from_fn(d, columns.len(), |i, j| columns[j][i])
 }
 
 /// The Fréchet distance of the Gaussians fitted, with N - 1 covariances, to `a` and `b`: features
@@ -225,6 +292,22 @@ mod tests {
         let back = frechet_distance(&b, &a, 12).expect("a distance");
         assert!(forth > 0.0 && (forth - back).abs() < 1e-6 * forth, "{forth} {back}");
         assert!(frechet_distance(&a, &a, 12).expect("a distance") < 1e-6 * forth);
+        // All samples alike.
+        let still = frechet_distance(&[1.0; 12 * 3], &[2.0; 12 * 4], 12).expect("a distance");
+        assert!((still - 12.0).abs() < 1e-12, "{still}");
+    }
+
+    #[test]
+    fn factors_of_singular_matrices_have_their_rank() {
+        let d = 9;
+        let covariance =
+            GaussianStatistics::of(&features(5, 4, d), d).and_then(|s| s.covariance()).expect("enough");
+        let covariance = MatRef::from_row_major_slice(&covariance, d, d);
+        let factor = pivoted(covariance);
+        assert_eq!((factor.nrows(), factor.ncols()), (d, 3));
+        let again = &factor * factor.transpose();
+        let off = |i: usize, j: usize| (again[(i, j)] - covariance[(i, j)]).abs();
+        assert!((0..d).all(|i| (0..d).all(|j| off(i, j) < 1e-12)));
     }
 
     #[test]

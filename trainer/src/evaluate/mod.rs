@@ -1,13 +1,64 @@
-//! How near samples are to data: Fréchet distances, precision and recall, in the feature space of an
-//! encoder.
+//! How near samples are to data: Fréchet distances in the feature space of an encoder, and the scores of ADM's
+//! evaluator, by which papers compare models.
 
+mod batch;
 mod frechet;
+mod inception;
 mod neighbours;
+mod rounds;
 mod run;
+mod scores;
 
-pub use frechet::{GaussianStatistics, frechet_distance};
-pub use neighbours::{PrecisionRecall, precision_recall};
-pub use run::{Evaluation, EvaluationError, evaluate_run};
+use std::path::PathBuf;
+
+use crate::exit::Kind;
+use crate::generate::GenerateError;
+pub use batch::Batch;
+pub use frechet::{Gaussian, GaussianStatistics, frechet_distance};
+pub use inception::{Inception, InceptionFeatures};
+pub use neighbours::Points;
+pub use run::{Evaluation, evaluate_run};
+pub use scores::{Samples, Scores, score};
+
+/// Why an evaluation failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EvaluationError {
+    /// No images could be made.
+    #[error(transparent)]
+    Generate(#[from] GenerateError),
+    /// A figure could not be computed.
+    #[error(transparent)]
+    Figure(#[from] EvaluateError),
+    /// The encoder failed, or the store has no features of it.
+    #[error("{0}")]
+    Features(String),
+    /// A batch of images or statistics cannot be used.
+    #[error("{path} {problem}")]
+    Batch {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+}
+
+impl EvaluationError {
+    /// What kind of error it is, for the exit code.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Generate(error) => error.kind(),
+            Self::Figure(_) => Kind::Runtime,
+            Self::Features(_) | Self::Batch { .. } => Kind::Data,
+        }
+    }
+}
+
+impl From<EvaluationError> for repa_comm::Failure {
+    fn from(error: EvaluationError) -> Self {
+        Self { message: error.to_string(), code: i32::from(error.kind().code()) }
+    }
+}
 
 /// Why a figure cannot be computed.
 #[derive(Debug, thiserror::Error)]

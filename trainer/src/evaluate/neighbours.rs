@@ -1,112 +1,149 @@
-//! Precision and recall by nearest neighbours (Kynkäänniemi et al., arXiv 1904.06991).
+//! Precision and recall by nearest neighbours (Kynkäänniemi et al., arXiv 1904.06991), by parts, so that ranks can
+//! share the work: N^2 D of it for the radii of N points.
 
+use std::ops::Range;
+
+use burn::tensor::{Device, Tensor, TensorData};
 use rayon::prelude::*;
 
 use super::EvaluateError;
 
-/// How much of the samples lies within the data, and how much of the data within the samples.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct PrecisionRecall {
-    /// Fraction of the samples inside the data's neighbourhoods: fidelity.
-    pub precision: f64,
-    /// Fraction of the data inside the samples' neighbourhoods: variety.
-    pub recall: f64,
+/// Rows of distances that are in memory at once.
+const ROWS: usize = 512;
+
+/// Which neighbour of a point its radius reaches to, in the paper and in ADM's evaluator.
+pub const NEIGHBOUR: usize = 3;
+
+/// Points in a space of features, on a device.
+#[derive(Debug, Clone)]
+pub struct Points {
+    /// [N, D].
+    values: Tensor<2>,
+    /// Squared lengths, [1, N].
+    squares: Tensor<2>,
 }
 
-/// Precision and recall of `samples` [M, D] against `data` [N, D] (flattened, D = `dimensions`), with
-/// neighbourhoods that reach to each point's `neighbours`-th nearest of its own kind (3 in the paper).
-/// The work is (N + M)^2 D, on all threads of rayon's pool.
-///
-/// # Errors
-/// [`EvaluateError::TooFew`] unless each side has more than `neighbours` points.
-pub fn precision_recall(
-    data: &[f64],
-    samples: &[f64],
-    dimensions: usize,
-    neighbours: usize,
-) -> Result<PrecisionRecall, EvaluateError> {
-    let (data, samples) = (Points::new(data, dimensions)?, Points::new(samples, dimensions)?);
-    for points in [&data, &samples] {
-        let (count, needed) = (points.count() as u64, neighbours as u64 + 1);
-        if count < needed {
-            return Err(EvaluateError::TooFew { count, needed });
-        }
-    }
-    Ok(PrecisionRecall {
-        precision: samples.covered_by(&data, &data.radii(neighbours)),
-        recall: data.covered_by(&samples, &samples.radii(neighbours)),
-    })
-}
-
-struct Points<'a> {
-    values: &'a [f64],
-    dimensions: usize,
-}
-
-impl<'a> Points<'a> {
-    fn new(values: &'a [f64], dimensions: usize) -> Result<Self, EvaluateError> {
+impl Points {
+    /// Points [N, D], flattened.
+    ///
+    /// # Errors
+    /// [`EvaluateError::NotFinite`] names the point and the feature; [`EvaluateError::TooFew`] where a point lacks the
+    /// neighbour that its radius reaches to.
+    pub fn new(values: &[f32], dimensions: usize, device: &Device) -> Result<Self, EvaluateError> {
         assert!(values.len().is_multiple_of(dimensions), "no rows of {dimensions}");
         if let Some(at) = values.iter().position(|v| !v.is_finite()) {
             let (sample, dimension) = (at / dimensions, at % dimensions);
-            return Err(EvaluateError::NotFinite { sample, dimension, value: values[at] });
+            return Err(EvaluateError::NotFinite { sample, dimension, value: f64::from(values[at]) });
         }
-        Ok(Self { values, dimensions })
+        let count = values.len() / dimensions;
+        if count <= NEIGHBOUR {
+            return Err(EvaluateError::TooFew { count: count as u64, needed: NEIGHBOUR as u64 + 1 });
+        }
+        let values = Tensor::from_data(TensorData::new(values.to_vec(), [count, dimensions]), device);
+        let squares = (values.clone() * values.clone()).sum_dim(1).transpose();
+        Ok(Self { values, squares })
     }
 
-    fn count(&self) -> usize {
-        self.values.len() / self.dimensions
+    /// How many they are.
+    pub fn count(&self) -> usize {
+        self.values.dims()[0]
     }
 
-    fn rows(&self) -> std::slice::ChunksExact<'_, f64> {
-        self.values.chunks_exact(self.dimensions)
+    /// Calls `each` with the squared distances of every point of `rows` to all of `to`.
+    fn distances<T: Send>(
+        &self,
+        rows: Range<usize>,
+        to: &Self,
+        each: impl Fn(&mut [f32]) -> T + Sync,
+    ) -> Vec<T> {
+        let mut found = Vec::with_capacity(rows.len());
+        for start in rows.clone().step_by(ROWS) {
+            let part = start..rows.end.min(start + ROWS);
+            let squares = self.squares.clone().narrow(1, part.start, part.len()).transpose();
+            let products = self.values.clone().narrow(0, part.start, part.len());
+            let products = products.matmul(to.values.clone().transpose());
+            let distances = (squares + to.squares.clone() - products * 2.0).clamp_min(0.0);
+            let distances = distances.into_data().convert::<f32>();
+            let mut distances = distances.try_to_vec::<f32>().expect("converted to f32 just before");
+            found.par_extend(distances.par_chunks_exact_mut(to.count()).map(&each));
+        }
+        found
     }
 
-    /// Squared distance of each point to its `neighbours`-th nearest other point.
-    fn radii(&self, neighbours: usize) -> Vec<f64> {
-        self.values
-            .par_chunks_exact(self.dimensions)
-            .map(|point| {
-                let mut distances: Vec<f64> = self.rows().map(|other| squared(point, other)).collect();
-                // The nearest is the point itself.
-                *distances.select_nth_unstable_by(neighbours, f64::total_cmp).1
-            })
-            .collect()
+    /// Squared distances of these points to their third nearest other point.
+    pub fn radii(&self, rows: Range<usize>) -> Vec<f32> {
+        // The nearest is the point itself.
+        self.distances(rows, self, |distances| *distances.select_nth_unstable_by(NEIGHBOUR, f32::total_cmp).1)
     }
 
-    /// Fraction of these points that lie within the radius of any of `centres`.
-    fn covered_by(&self, centres: &Points, radii: &[f64]) -> f64 {
-        let covered = self
-            .values
-            .par_chunks_exact(self.dimensions)
-            .filter(|point| centres.rows().zip(radii).any(|(centre, &r)| squared(point, centre) <= r))
-            .count();
-        covered as f64 / self.count() as f64
+    /// How many of these points lie within the radius of any of `centres`.
+    pub fn within(&self, rows: Range<usize>, centres: &Self, radii: &[f32]) -> usize {
+        assert_eq!(radii.len(), centres.count(), "a radius a centre");
+        let covered =
+            |distances: &mut [f32]| distances.iter().zip(radii).any(|(distance, radius)| distance <= radius);
+        self.distances(rows, centres, covered).into_iter().filter(|&inside| inside).count()
     }
-}
-
-fn squared(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum()
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    /// Fractions of the samples within the data, and of the data within the samples, with work in `parts`.
+    fn precision_recall(data: &[f32], samples: &[f32], d: usize, parts: usize) -> [f64; 2] {
+        let device = Device::flex();
+        let points = |values| Points::new(values, d, &device).expect("points");
+        let (data, samples) = (points(data), points(samples));
+        let shares = |n: usize| (0..parts).map(move |part| repa_comm::shard_range(n, part, parts));
+        let covered = |points: &Points, centres: &Points| {
+            let radii: Vec<f32> = shares(centres.count()).flat_map(|share| centres.radii(share)).collect();
+            let within: usize =
+                shares(points.count()).map(|share| points.within(share, centres, &radii)).sum();
+            within as f64 / points.count() as f64
+        };
+        [covered(&samples, &data), covered(&data, &samples)]
+    }
 
     #[test]
     fn samples_of_one_mode_are_precise_and_lack_recall() {
         // Data around 0 and around 100; samples around 0, and one between.
-        let data: Vec<f64> = (0..10).map(f64::from).chain((0..10).map(|i| 100.0 + f64::from(i))).collect();
-        let samples: Vec<f64> = (0..9).map(|i| f64::from(i) + 0.5).chain([50.0]).collect();
-        let ours = precision_recall(&data, &samples, 1, 3).expect("enough points");
-        assert_eq!(ours, PrecisionRecall { precision: 0.9, recall: 0.5 });
-        let same = precision_recall(&data, &data, 1, 3).expect("enough points");
-        assert_eq!(same, PrecisionRecall { precision: 1.0, recall: 1.0 });
+        let data: Vec<f32> = (0u8..10).map(f32::from).chain((100u8..110).map(f32::from)).collect();
+        let samples: Vec<f32> = (0u8..9).map(|i| f32::from(i) + 0.5).chain([50.0]).collect();
+        assert_eq!(precision_recall(&data, &samples, 1, 1), [0.9, 0.5]);
+        assert_eq!(precision_recall(&data, &data, 1, 3), [1.0, 1.0]);
     }
 
     #[test]
     fn too_few_points_are_an_error() {
-        let error = precision_recall(&[0.0, 1.0, 2.0], &[0.0, 1.0, 2.0, 3.0], 1, 3).expect_err("three");
-        assert!(error.to_string().contains("3 samples are too few"), "{error}");
-        assert!(precision_recall(&[0.0, f64::NAN], &[0.0, 1.0], 1, 1).is_err());
+        let error = Points::new(&[0.0, 1.0, 2.0], 1, &Device::flex()).expect_err("three").to_string();
+        assert!(error.contains("3 samples are too few"), "{error}");
+        assert!(Points::new(&[0.0, f32::NAN, 1.0, 2.0], 1, &Device::flex()).is_err());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        /// By the formula, point by point. Whole numbers, so that no rounding decides what is within.
+        #[test]
+        fn matrix_products_count_as_points_one_by_one_do(
+            values in prop::collection::vec(0u8..9, 3 * 50), split in 4usize..46, parts in 1usize..4
+        ) {
+            let values: Vec<f32> = values.into_iter().map(f32::from).collect();
+            let (data, samples) = values.split_at(3 * split);
+            let squared = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum::<f32>();
+            let covered = |points: &[f32], centres: &[f32]| {
+                let radius = |centre: &[f32]| {
+                    let mut all: Vec<f32> = centres.chunks(3).map(|other| squared(centre, other)).collect();
+                    all.sort_by(f32::total_cmp);
+                    all[NEIGHBOUR]
+                };
+                let inside = |point: &[f32]| centres.chunks(3).any(|c| squared(point, c) <= radius(c));
+                points.chunks(3).filter(|point| inside(point)).count() as f64 / (points.len() / 3) as f64
+            };
+            let expected = [covered(samples, data), covered(data, samples)];
+            prop_assert_eq!(precision_recall(data, samples, 3, parts), expected);
+        }
     }
 }

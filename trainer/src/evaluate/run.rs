@@ -4,9 +4,11 @@
 use std::path::Path;
 
 use half::f16;
+use repa_comm::{Communicator, RemoteError};
 use serde::{Deserialize, Serialize};
 
-use super::{EvaluateError, GaussianStatistics};
+use super::rounds::{Rounds, part};
+use super::{EvaluationError, GaussianStatistics};
 use crate::Device;
 use crate::config::Config;
 use crate::data::{self, store::LatentStore};
@@ -46,73 +48,74 @@ pub struct Evaluation {
     pub floor: f64,
 }
 
-/// Why an evaluation failed.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum EvaluationError {
-    /// No images could be made.
-    #[error(transparent)]
-    Generate(#[from] GenerateError),
-    /// The distances could not be computed.
-    #[error(transparent)]
-    Distance(#[from] EvaluateError),
-    /// The encoder failed, or the store has no features of it.
-    #[error("{0}")]
-    Features(String),
-}
-
 /// Evaluates a run (a checkpoint of it, by its folder, or else the newest) with `samples` samples, in the
-/// features of `encoder`, which the store holds, or images for it. `progress` is told how many samples are drawn.
+/// features of `encoder`, which the store holds, or images for it. All ranks draw; the evaluation comes out on rank 0.
+/// `progress` is told how many samples are drawn, on every rank.
 ///
 /// # Errors
-/// The run, its store or its encoder cannot be used.
+/// The run, its store or its encoder cannot be used: the same on all ranks.
 pub fn evaluate_run(
+    comm: &dyn Communicator,
     config: &Config,
     encoder: &VisionEncoder,
     (checkpoint, samples): (Option<&Path>, usize),
     device: &Device,
-    mut progress: impl FnMut(usize),
-) -> Result<Evaluation, EvaluationError> {
-    let store = data::open(&config.data.dir).map_err(GenerateError::from)?;
-    let Real { all: data, halves: [even, odd] } = Real::of(&store, encoder)?;
-    // The data's own sequence of labels, thinned: classes keep their proportions.
-    let labels = (0..samples)
-        .map(|i| Ok(store.label(i * store.len() / samples)? as usize))
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(GenerateError::Store)?;
+    mut progress: impl FnMut(usize) + Send,
+) -> Result<Option<Evaluation>, RemoteError> {
+    let first = comm.rank() == 0;
+    let opened = part(comm, || {
+        let store = data::open(&config.data.dir).map_err(GenerateError::from)?;
+        // The data's own sequence of labels, thinned: classes keep their proportions.
+        let labels = (0..samples)
+            .map(|i| Ok(store.label(i * store.len() / samples)? as usize))
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(GenerateError::Store)?;
+        let generator = Generator::open(config, Which::Ema, checkpoint, device)?;
+        let mut initial = config.clone();
+        initial.sample.solver.num_steps = UNTRAINED_STEPS;
+        let untrained = Generator::open(&initial, Which::Initial, None, device)?;
+        Ok((store, labels, generator, untrained))
+    });
+    let (store, labels, generator, untrained) = opened?;
+    let real = part(comm, || first.then(|| Real::of(&store, encoder)).transpose())?;
 
-    let generator = Generator::open(config, Which::Ema, checkpoint, device)?;
-    let mut initial = config.clone();
-    initial.sample.solver.num_steps = UNTRAINED_STEPS;
-    let untrained = Generator::open(&initial, Which::Initial, None, device)?;
-    let distance = |features: &Features, progress: &mut dyn FnMut(usize)| -> Result<f64, EvaluationError> {
-        let mut statistics = GaussianStatistics::new(encoder.embed_dim());
-        for (number, part) in labels.chunks(config.sample.batch).enumerate() {
-            let first = number * config.sample.batch;
-            statistics.add_f32(&features(first, part)?)?;
-            progress(first + part.len());
+    let width = encoder.embed_dim();
+    let drawn = |generator: &Generator, progress: &mut (dyn FnMut(usize) + Send)| {
+        let mut statistics = GaussianStatistics::new(width);
+        let mut done = 0;
+        let draw = |numbers: &[u64]| {
+            let labels: Vec<usize> = numbers.iter().map(|&number| labels[number as usize]).collect();
+            pooled_features(encoder, &generator.of_numbers(numbers, &labels)?)
+        };
+        let take = |rows: &[f32]| {
+            done += rows.len() / width;
+            progress(done);
+            Ok(statistics.add_f32(rows)?)
+        };
+        Rounds { count: samples, batch: generator.batch_size() }.rows(comm, width, draw, take)?;
+        Ok::<_, RemoteError>(statistics)
+    };
+    let trained = drawn(&generator, &mut progress)?;
+    let untrained = drawn(&untrained, &mut |_| {})?;
+    part(comm, || {
+        let Some(Real { all: data, halves: [even, odd] }) = &real else { return Ok(None) };
+        let of_means = pooled_features(encoder, &class_means(&generator, &store)?)?;
+        let mut means = GaussianStatistics::new(width);
+        for labels in labels.chunks(AT_ONCE) {
+            let rows = labels.iter().flat_map(|&label| &of_means[label * width..][..width]);
+            means.add_f32(&rows.copied().collect::<Vec<_>>())?;
         }
-        Ok(statistics.frechet_distance(&data)?)
-    };
-    let drawn = |generator: &Generator, first: usize, labels: &[usize]| {
-        pooled_features(encoder, &generator.images(labels, first as u64, |_| {})?)
-    };
-    let of_means = pooled_features(encoder, &class_means(&generator, &store)?)?;
-    let of_mean = |label: &usize| &of_means[label * encoder.embed_dim()..][..encoder.embed_dim()];
-    let nobody = &mut |_| {};
-    Ok(Evaluation {
-        step: generator.step(),
-        samples,
-        cfg_scale: config.sample.solver.cfg_scale,
-        trained: distance(&|first, labels| drawn(&generator, first, labels), &mut progress)?,
-        untrained: distance(&|first, labels| drawn(&untrained, first, labels), nobody)?,
-        class_means: distance(&|_, labels| Ok(labels.iter().flat_map(of_mean).copied().collect()), nobody)?,
-        floor: even.frechet_distance(&odd)?,
+        Ok(Some(Evaluation {
+            step: generator.step(),
+            samples,
+            cfg_scale: config.sample.solver.cfg_scale,
+            trained: trained.frechet_distance(data)?,
+            untrained: untrained.frechet_distance(data)?,
+            class_means: means.frechet_distance(data)?,
+            floor: even.frechet_distance(odd)?,
+        }))
     })
 }
-
-/// The pooled features of the images of these labels, the first of which has this number.
-type Features<'a> = dyn Fn(usize, &[usize]) -> Result<Vec<f32>, EvaluationError> + 'a;
 
 /// Statistics of the data's pooled features.
 struct Real {

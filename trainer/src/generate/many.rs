@@ -9,7 +9,7 @@ use crate::data::draws::{Draws, Purpose};
 use crate::exit::Kind;
 use crate::figures::{FigureError, NpzWriter};
 use crate::gpu_failure;
-use crate::images::{self, Image};
+use crate::images::Image;
 
 /// Block of a sample's draws that no latent reaches.
 const LABEL: u32 = u32::MAX;
@@ -53,15 +53,13 @@ pub fn write_many(
     path: &Path,
     mut done: impl FnMut(usize),
 ) -> Result<(), RemoteError> {
-    let (ranks, rank, settings) = (comm.size(), comm.rank(), &generator.config.sample);
-    let of_all = generator.index.contents.classes;
+    let (ranks, rank) = (comm.size(), comm.rank());
     let mut file = None;
-    let round = settings.batch * ranks;
+    let round = generator.batch_size() * ranks;
     for start in (0..count).step_by(round) {
         let end = count.min(start + round);
         let mine: Vec<u64> = (start + rank..end).step_by(ranks).map(|i| i as u64).collect();
-        let labels: Vec<usize> = mine.iter().map(|&i| classes.label(settings.seed, i, of_all)).collect();
-        let drawn = together(comm, || generator.batch(&mine, &labels, images::truncated));
+        let drawn = together(comm, || generator.for_evaluators(&mine, classes));
         let drawn = drawn.map_err(|error| failure(Kind::Runtime, &error));
         let drawn = drawn.and_then(|drawn| drawn.map_err(|error| failure(error.kind(), &error)));
         let images = all_or_first_error(comm, drawn)?;

@@ -239,7 +239,32 @@ impl Generator {
         Ok(images)
     }
 
+    /// Samples that are drawn at once.
+    pub(crate) fn batch_size(&self) -> usize {
+        self.config.sample.batch
+    }
+
+    /// Guidance scale of the samples.
+    pub(crate) fn cfg_scale(&self) -> f64 {
+        self.config.sample.solver.cfg_scale
+    }
+
+    /// The images of these numbers, of classes that are drawn for each, as evaluators get them.
+    pub(crate) fn for_evaluators(
+        &self,
+        samples: &[u64],
+        classes: Classes,
+    ) -> Result<Vec<Image>, GenerateError> {
+        let (seed, of_all) = (self.config.sample.seed, self.index.contents.classes);
+        let labels: Vec<usize> = samples.iter().map(|&i| classes.label(seed, i, of_all)).collect();
+        self.batch(samples, &labels, images::truncated)
+    }
+
     /// The images of these numbers and labels, all at once.
+    pub(crate) fn of_numbers(&self, samples: &[u64], labels: &[usize]) -> Result<Vec<Image>, GenerateError> {
+        self.batch(samples, labels, images::from_tensor)
+    }
+
     fn batch(&self, samples: &[u64], labels: &[usize], pixels: Pixels) -> Result<Vec<Image>, GenerateError> {
         if samples.is_empty() {
             return Ok(Vec::new());

@@ -1,5 +1,7 @@
 //! NumPy's `.npy` files (format versions 1 to 3), as NumPy's `lib/format.py` defines them.
 
+use std::io::{ErrorKind, Read};
+
 use half::f16;
 
 /// A `.npy` file of floats: its header, and where its elements are.
@@ -19,34 +21,54 @@ enum Element {
     F64,
 }
 
-/// Reads the header of a `.npy` file of float16, float32 or float64, in C or Fortran order.
+/// What a `.npy` file says of its elements, which follow it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Header {
+    /// NumPy's name of the type, such as `<f4` and `|u1`.
+    pub descr: String,
+    /// Whether the first dimension runs fastest.
+    pub fortran: bool,
+    /// The shape.
+    pub shape: Vec<usize>,
+}
+
+/// Longest header that is read; NumPy itself takes no more than 10,000 bytes unless told to.
+const LONGEST_HEADER: usize = 1 << 20;
+
+/// Reads the header of a `.npy` file of any type, up to the first element.
 ///
 /// # Errors
-/// What is wrong with it: no `.npy`, cut short, or of another type.
-pub fn parse(bytes: &[u8]) -> Result<Npy<'_>, String> {
-    let Some(rest) = bytes.strip_prefix(b"\x93NUMPY") else {
+/// What is wrong with it: no `.npy`, cut short, or of an unknown version; or why it cannot be read.
+pub fn read_header(file: &mut impl Read) -> Result<Header, String> {
+    let mut take = |bytes: &mut [u8]| match file.read_exact(bytes) {
+        Err(error) if error.kind() == ErrorKind::UnexpectedEof => Ok(false),
+        Err(error) => Err(format!("cannot be read: {error}")),
+        Ok(()) => Ok(true),
+    };
+    let mut magic = [0; 6];
+    if !take(&mut magic)? || &magic != b"\x93NUMPY" {
         return Err("is not a .npy file".to_owned());
-    };
+    }
     let cut = || "is cut short within its header".to_owned();
-    let (&[major, _minor], rest) = rest.split_first_chunk().ok_or_else(cut)?;
-    let (length, rest) = match major {
-        1 => {
-            let (length, rest) = rest.split_first_chunk().ok_or_else(cut)?;
-            (u16::from_le_bytes(*length) as usize, rest)
-        }
-        2 | 3 => {
-            let (length, rest) = rest.split_first_chunk().ok_or_else(cut)?;
-            (u32::from_le_bytes(*length) as usize, rest)
-        }
-        _ => return Err(format!("is a .npy file of the unknown version {major}")),
+    let (mut version, mut short, mut long) = ([0; 2], [0; 2], [0; 4]);
+    if !take(&mut version)? {
+        return Err(cut());
+    }
+    let length = match version[0] {
+        1 => take(&mut short)?.then(|| usize::from(u16::from_le_bytes(short))),
+        2 | 3 => take(&mut long)?.then(|| u32::from_le_bytes(long) as usize),
+        major => return Err(format!("is a .npy file of the unknown version {major}")),
     };
-    let (header, data) = rest.split_at_checked(length).ok_or_else(cut)?;
-    let header = String::from_utf8_lossy(header);
+    let mut header = vec![0; length.filter(|&length| length <= LONGEST_HEADER).ok_or_else(cut)?];
+    if !take(&mut header)? {
+        return Err(cut());
+    }
+    let header = String::from_utf8_lossy(&header);
     let unclear = |what: &str| format!("has a .npy header without {what}: {}", header.trim());
     let value = |key: &str| header.split_once(&format!("'{key}':")).map(|(_, v)| v.trim_start());
 
     let descr = value("descr").and_then(|v| v.strip_prefix('\'')?.split('\'').next());
-    let descr = descr.ok_or_else(|| unclear("a plain 'descr'"))?;
+    let descr = descr.ok_or_else(|| unclear("a plain 'descr'"))?.to_owned();
     let fortran = match value("fortran_order") {
         Some(v) if v.starts_with("True") => true,
         Some(v) if v.starts_with("False") => false,
@@ -57,9 +79,19 @@ pub fn parse(bytes: &[u8]) -> Result<Npy<'_>, String> {
         .and_then(|v| v.split(',').map(str::trim).filter(|d| !d.is_empty()).map(|d| d.parse().ok()).collect())
         .ok_or_else(|| unclear("a 'shape'"))?;
     let count = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d)).filter(|&n| n < 1 << 40);
-    let count = count.ok_or_else(|| format!("claims the shape {shape:?}"))?;
+    count.ok_or_else(|| format!("claims the shape {shape:?}"))?;
+    Ok(Header { descr, fortran, shape })
+}
 
-    let (element, size) = match descr {
+/// Reads a `.npy` file of float16, float32 or float64, in C or Fortran order.
+///
+/// # Errors
+/// What is wrong with it: no `.npy`, cut short, or of another type.
+pub fn parse(bytes: &[u8]) -> Result<Npy<'_>, String> {
+    let mut data = bytes;
+    let Header { descr, fortran, shape } = read_header(&mut data)?;
+    let count: usize = shape.iter().product();
+    let (element, size) = match descr.as_str() {
         "<f2" => (Element::F16, 2),
         "<f4" => (Element::F32, 4),
         "<f8" => (Element::F64, 8),
@@ -84,19 +116,31 @@ impl Npy<'_> {
         values
     }
 
+    /// The elements as float64 in C order.
+    #[must_use]
+    pub fn values_f64(&self) -> Vec<f64> {
+        let mut values = vec![0.0; self.shape.iter().product()];
+        self.write(&mut values, f64::from, |v| v);
+        values
+    }
+
     /// Writes the elements as float32 in C order to `out`, which has as many.
     ///
     /// # Panics
     /// If `out` has another length.
     pub fn read(&self, out: &mut [f32]) {
         assert_eq!(out.len(), self.shape.iter().product::<usize>(), "the buffer for an array");
-        let write = |out: &mut [f32]| match self.element {
-            Element::F16 => fill(out, self.data.as_chunks().0, |b| f16::from_le_bytes(b).to_f32()),
-            Element::F32 => fill(out, self.data.as_chunks().0, f32::from_le_bytes),
-            Element::F64 => fill(out, self.data.as_chunks().0, |b| f64::from_le_bytes(b) as f32),
+        self.write(out, |v| v, |v| v as f32);
+    }
+
+    fn write<T: Copy + Default>(&self, out: &mut [T], narrow: fn(f32) -> T, wide: fn(f64) -> T) {
+        let write = |out: &mut [T]| match self.element {
+            Element::F16 => fill(out, self.data.as_chunks().0, |b| narrow(f16::from_le_bytes(b).to_f32())),
+            Element::F32 => fill(out, self.data.as_chunks().0, |b| narrow(f32::from_le_bytes(b))),
+            Element::F64 => fill(out, self.data.as_chunks().0, |b| wide(f64::from_le_bytes(b))),
         };
         if self.fortran {
-            let mut values = vec![0.0; out.len()];
+            let mut values = vec![T::default(); out.len()];
             write(&mut values);
             to_c_order(&self.shape, &values, out);
         } else {
@@ -105,14 +149,14 @@ impl Npy<'_> {
     }
 }
 
-fn fill<const N: usize>(out: &mut [f32], elements: &[[u8; N]], read: impl Fn([u8; N]) -> f32) {
+fn fill<T, const N: usize>(out: &mut [T], elements: &[[u8; N]], read: impl Fn([u8; N]) -> T) {
     for (to, from) in out.iter_mut().zip(elements) {
         *to = read(*from);
     }
 }
 
 /// Reorders elements whose first dimension runs fastest.
-fn to_c_order(shape: &[usize], values: &[f32], out: &mut [f32]) {
+fn to_c_order<T: Copy>(shape: &[usize], values: &[T], out: &mut [T]) {
     let mut strides = Vec::with_capacity(shape.len());
     let mut stride = 1;
     for &d in shape {
@@ -179,6 +223,7 @@ mod tests {
             let bytes = file(major, &header, &data);
             let npy = parse(&bytes).unwrap();
             assert_eq!((npy.shape.as_slice(), npy.values()), (&[2, 3][..], expected.clone()), "{descr}");
+            assert!(npy.values_f64().iter().map(|&v| v as f32).eq(expected.clone()), "{descr}");
         }
     }
 
