@@ -81,8 +81,8 @@ class Features:
 
 
 def frechet(a, b):
-    """With covariances A^T A and B^T B of fewer samples than features, the root of their product has the singular values
-    of A B^T as its eigenvalues: exact, where scipy.linalg.sqrtm of so singular a matrix is not."""
+    """With covariances A^T A and B^T B of fewer samples than features, the root of their product has the singular
+    values of A B^T as its eigenvalues: exact, where scipy.linalg.sqrtm of so singular a matrix is not."""
     a, b = a.double().numpy(), b.double().numpy()
     between = a.mean(0) - b.mean(0)
     a, b = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b))

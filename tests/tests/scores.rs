@@ -63,11 +63,13 @@ fn any_number_of_ranks_gives_the_same_scores() {
     let drawn = scores(2, &of_run);
     same(&drawn, &stored);
     assert_eq!(drawn["step"], 12);
-    let kept = std::fs::read_to_string(at("run/scores.json")).expect("kept");
-    assert_eq!(serde_json::from_str::<Value>(&kept).expect("JSON"), drawn);
+    assert_eq!(drawn["sampler"]["num_steps"], 2);
+    let kept = std::fs::read_to_string(at("run/scores.jsonl")).expect("kept");
+    assert_eq!(serde_json::from_str::<Value>(kept.trim_end()).expect("one line of JSON"), drawn);
     let report = code(&mut repa_dist(&["report", &at("run").display().to_string(), "--json"]), 0);
-    let report: Value = serde_json::from_str(&report.stdout).expect("JSON");
-    assert!(report.to_string().contains("\"fid\":"), "{report}");
+    assert!(report.stdout.contains("\"fid\""), "{}", report.stdout);
+    let page = std::fs::read_to_string(at("run/report.html")).expect("a page");
+    assert!(page.contains("<th>sFID</th>") && page.contains("2 steps, "), "no table of scores");
 
     // As people read it, of the reference batch itself.
     let itself = file("images", "reference.npz");

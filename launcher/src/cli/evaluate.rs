@@ -1,5 +1,6 @@
 //! `repa-dist evaluate`.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -8,7 +9,7 @@ use repa_comm::{Communicator, RemoteError, all_or_first_error};
 use repa_trainer::config::Config;
 use repa_trainer::encoder::{self, VisionEncoder};
 use repa_trainer::evaluate::{Batch, Evaluation, Inception, Samples, Scores, evaluate_run, score};
-use repa_trainer::generate::{Classes, Generator, Which, run_config};
+use repa_trainer::generate::{Classes, Generator, Which, each_rank, run_config, same_step};
 use serde::Serialize;
 
 use super::{Settings, bar};
@@ -40,13 +41,14 @@ pub struct Arguments {
     /// Reference batch of --inception, such as ADM's VIRTUAL_imagenet256_labeled.npz
     #[arg(long, value_name = "FILE", requires = "inception")]
     reference: Option<PathBuf>,
-    /// Images for --inception (arr_0 of an .npz, uint8 [N, H, W, 3]), in place of a run's samples
+    /// Images for --inception (arr_0 of an .npz, uint8 [N, H, W, 3]), in place of a run's samples; computed on the CPU
+    /// unless device=... says otherwise, and not kept
     #[arg(long, value_name = "FILE", requires = "inception", conflicts_with_all = ["run", "checkpoint", "samples"])]
     images: Option<PathBuf>,
     /// As many samples of each class with --inception, instead of random classes
     #[arg(long, requires = "inception", conflicts_with = "images")]
     even_classes: bool,
-    /// Print JSON; it is kept as evaluation.json, or scores.json with --inception, in the run folder in any case
+    /// Print JSON; a run's folder keeps evaluation.json, or a line of scores.jsonl with --inception, in any case
     #[arg(long)]
     json: bool,
     /// Values that win over the run's configuration, such as sample.solver.cfg_scale=1
@@ -71,24 +73,48 @@ impl Arguments {
         }
     }
 
-    /// Keeps figures in the run folder and prints them.
-    fn tell<T: Serialize>(&self, name: &str, figures: &T, text: impl FnOnce()) -> Result<(), Failure> {
-        let json = format!("{:#}\n", serde_json::to_value(figures).map_err(Failure::runtime)?);
-        let path = self.run.join(name);
-        if self.images.is_none() {
-            std::fs::write(&path, &json)
-                .map_err(|e| Failure::usage(format!("cannot write {}: {e}", path.display())))?;
+    /// Prints figures and then has them kept, so that a run folder that cannot be written loses nothing; says where.
+    fn tell<T: Serialize>(
+        &self,
+        figures: &T,
+        text: impl FnOnce(),
+        keep: impl FnOnce() -> Result<Option<PathBuf>, Failure>,
+    ) -> Result<(), Failure> {
+        match self.json {
+            true => println!("{:#}", serde_json::to_value(figures).map_err(Failure::runtime)?),
+            false => text(),
         }
-        if self.json {
-            print!("{json}");
-            return Ok(());
-        }
-        text();
-        if self.images.is_none() {
-            println!("kept in {}", path.display());
+        match keep()? {
+            Some(path) if !self.json => println!("kept in {}", path.display()),
+            _ => {}
         }
         Ok(())
     }
+
+    /// Keeps an evaluation, the last one alone.
+    fn keep(&self, figures: &Evaluation) -> Result<Option<PathBuf>, Failure> {
+        let path = self.run.join(EVALUATION);
+        let json = serde_json::to_value(figures).map_err(Failure::runtime)?;
+        std::fs::write(&path, format!("{json:#}\n")).map_err(|error| unkept(&path, &error))?;
+        Ok(Some(path))
+    }
+
+    /// Keeps scores as a line below those of other checkpoints and settings; none where they are of no run.
+    fn keep_scores(&self, scores: &Scores) -> Result<Option<PathBuf>, Failure> {
+        if self.images.is_some() {
+            return Ok(None);
+        }
+        let path = self.run.join(SCORES);
+        let line = format!("{}\n", serde_json::to_string(scores).map_err(Failure::runtime)?);
+        let mut options = std::fs::OpenOptions::new();
+        let file = options.create(true).append(true).open(&path);
+        file.and_then(|mut file| file.write_all(line.as_bytes())).map_err(|error| unkept(&path, &error))?;
+        Ok(Some(path))
+    }
+}
+
+fn unkept(path: &Path, error: &std::io::Error) -> Failure {
+    Failure::usage(format!("cannot write {}: {error}", path.display()))
 }
 
 pub fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
@@ -117,14 +143,16 @@ fn evaluate(comm: &dyn Communicator, arguments: &Arguments) -> Result<(), Remote
         };
         Ok((count, config, device, encoder))
     };
-    let (count, config, device, encoder) = all_or_first_error(comm, open().map_err(|error| error.of_rank()))?;
+    let (count, config, device, encoder) = each_rank(comm, || open().map_err(|error| error.of_rank()))?;
     let progress = shown(comm, "samples", count);
     let of = (arguments.checkpoint.as_deref(), count);
     let found =
         evaluate_run(comm, &config, &encoder, of, &device, |done| progress.set_position(done as u64))?;
     progress.finish_and_clear();
     let told = match &found {
-        Some(figures) => arguments.tell(EVALUATION, figures, || say(arguments, &encoder, figures)),
+        Some(figures) => {
+            arguments.tell(figures, || say(arguments, &encoder, figures), || arguments.keep(figures))
+        }
         None => Ok(()),
     };
     all_or_first_error(comm, told.map_err(|error| error.of_rank()))
@@ -167,7 +195,10 @@ fn compare(
         };
         Ok((reference, inception, samples))
     };
-    let (reference, inception, chosen) = all_or_first_error(comm, open().map_err(|error| error.of_rank()))?;
+    let (reference, inception, chosen) = each_rank(comm, || open().map_err(|error| error.of_rank()))?;
+    if let Chosen::Drawn(generator, _) = &chosen {
+        same_step(comm, generator.step())?;
+    }
     let classes = if arguments.even_classes { Classes::Even } else { Classes::Random };
     let samples = match &chosen {
         Chosen::Drawn(generator, count) => Samples::Drawn(generator, *count, classes),
@@ -177,7 +208,9 @@ fn compare(
     let found = score(comm, &inception, &reference, &samples, |done| progress.set_position(done as u64))?;
     progress.finish_and_clear();
     let told = match &found {
-        Some(scores) => arguments.tell(SCORES, scores, || say_scores(arguments, scores)),
+        Some(scores) => {
+            arguments.tell(scores, || say_scores(arguments, scores), || arguments.keep_scores(scores))
+        }
         None => Ok(()),
     };
     all_or_first_error(comm, told.map_err(|error| error.of_rank()))
@@ -193,9 +226,6 @@ fn pictures(path: &Path) -> Result<Batch, Failure> {
     let images = Batch::open(path).map_err(Failure::data)?;
     match images.count() {
         0 => Err(Failure::data(format!("{} holds no images (arr_0)", path.display()))),
-        few @ 1..4 => {
-            Err(Failure::data(format!("{} holds {few} images: it takes 4 or more", path.display())))
-        }
         _ => Ok(images),
     }
 }

@@ -94,6 +94,14 @@ fn tell(run: &Run, summary: &Summary) {
     if let Some(distance) = summary.frechet_distance {
         println!("distance     {distance:.2} (Fréchet, samples to data)");
     }
+    if let Some(scores) = run.scores.last() {
+        println!(
+            "FID          {:.2} (step {}, {})",
+            scores.fid,
+            scores.step.unwrap_or_default(),
+            scores.reference
+        );
+    }
 }
 
 /// Where the rest is, and what to try next.

@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use indicatif::ProgressBar;
-use repa_comm::all_or_first_error;
 use repa_trainer::config::Config;
 use repa_trainer::figures::{check_place, labelled_grid, write_png};
-use repa_trainer::generate::{Classes, Generator, Which, class_rows, run_config, write_many};
+use repa_trainer::generate::{
+    Classes, Generator, Which, class_rows, each_rank, run_config, same_step, write_many,
+};
 
 use super::bar;
 use crate::exit::{Failure, Outcome};
@@ -110,7 +111,8 @@ fn many(arguments: &Arguments, path: &Path) -> Result<Outcome, Failure> {
             }
             Ok(Generator::open(&config, arguments.which(), arguments.checkpoint.as_deref(), &device)?)
         };
-        let generator = all_or_first_error(comm, open().map_err(|error| error.of_rank()))?;
+        let generator = each_rank(comm, || open().map_err(|error| error.of_rank()))?;
+        same_step(comm, generator.step())?;
         let progress = if comm.rank() == 0 { bar("sampling", "images") } else { ProgressBar::hidden() };
         progress.set_length(arguments.samples as u64);
         let classes = if arguments.even_classes { Classes::Even } else { Classes::Random };

@@ -41,7 +41,7 @@ pub struct Summary {
     pub skipped_steps: usize,
     /// Fréchet distance of samples from the data, in the encoder's features, where it was measured.
     pub frechet_distance: Option<f64>,
-    /// Fréchet Inception distance from a reference batch, where it was measured.
+    /// Fréchet Inception distance from a reference batch, where it was measured, of the last time.
     pub fid: Option<f64>,
     /// Checkpoints that can be read.
     pub checkpoints: usize,
@@ -76,7 +76,7 @@ impl Summary {
             alignment_loss: mean(|r| r.alignment_loss),
             skipped_steps: run.steps.iter().filter(|r| r.skipped).count(),
             frechet_distance: run.evaluation.as_ref().map(|evaluation| evaluation.trained),
-            fid: run.scores.as_ref().map(|scores| scores.fid),
+            fid: run.scores.last().map(|scores| scores.fid),
             checkpoints: run.checkpoints.iter().filter(|saved| saved.problem.is_none()).count(),
             attempts: run.attempts.len(),
         }

@@ -3,7 +3,6 @@
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
-use repa_trainer::evaluate::Scores;
 use repa_trainer::telemetry::progress::duration;
 
 use super::curves::{QUANTITIES, curves};
@@ -97,11 +96,10 @@ fn controls() -> Markup {
 }
 
 fn samples(runs: &[Run], names: &[String], pictures: usize) -> Markup {
-    if runs.iter().all(|run| run.samples.is_empty()) {
-        return html! { p.quiet { "none yet: repa-dist sample --run " (runs[0].folder.display()) } };
-    }
+    let none = runs.iter().all(|run| run.samples.is_empty());
     html! {
-        @for (run, name) in runs.iter().zip(names) {
+        @if none { p.quiet { "none yet: repa-dist sample --run " (runs[0].folder.display()) } }
+        @for (run, name) in runs.iter().zip(names).filter(|_| !none) {
             @if runs.len() > 1 { h3 { (name) } }
             @if run.samples.is_empty() { p.quiet { "none" } }
             div.strip {
@@ -121,28 +119,11 @@ fn samples(runs: &[Run], names: &[String], pictures: usize) -> Markup {
                     ", the data's own halves " (format!("{:.2}", e.floor)) ")"
                 }
             }
-            @if let Some(scores) = &run.scores {
-                p {
-                    @if runs.len() > 1 { (name) ": " }
-                    (scores_line(scores))
-                }
+            @if !run.scores.is_empty() {
+                @if runs.len() > 1 { p { (name) ":" } }
+                (tables::scores(&run.scores))
             }
         }
-    }
-}
-
-fn scores_line(scores: &Scores) -> Markup {
-    let also = |name: &str, value: Option<f64>| {
-        value.map(|value| format!(", {name} {value:.2}")).unwrap_or_default()
-    };
-    html! {
-        (scores.samples) " samples"
-        @if let Some(step) = scores.step { " at step " (step) }
-        @if let Some(scale) = scores.cfg_scale { " (guidance " (scale) ")" }
-        " against " (scores.reference) ": FID "
-        strong { (format!("{:.2}", scores.fid)) }
-        (also("sFID", scores.sfid)) (also("inception score", Some(scores.inception_score)))
-        (also("precision", scores.precision)) (also("recall", scores.recall))
     }
 }
 

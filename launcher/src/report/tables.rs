@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 
 use maud::{Markup, html};
+use repa_trainer::evaluate::Scores;
 use repa_trainer::figures::whole;
+use repa_trainer::sample::{Mode, SamplerConfig};
 use repa_trainer::telemetry::events::{Event, EventKind};
 use repa_trainer::telemetry::record::StepRecord;
 
@@ -56,6 +58,10 @@ pub fn overview(runs: &[Run], names: &[String]) -> Markup {
                 tr {
                     th { "Fréchet distance" }
                     @for s in &summaries { td { (or_dash(s.frechet_distance.map(|x| format!("{x:.2}")))) } }
+                }
+                tr {
+                    th { "FID" }
+                    @for s in &summaries { td { (or_dash(s.fid.map(|x| format!("{x:.2}")))) } }
                 }
             }
         }
@@ -127,6 +133,50 @@ pub fn checkpoints(runs: &[Run], names: &[String]) -> Markup {
                 }
             }
         }
+    }
+}
+
+/// Evaluations with Inception, the newest last.
+pub fn scores(all: &[Scores]) -> Markup {
+    let of = |x: Option<f64>, digits: usize| x.map_or_else(|| "-".into(), |x| format!("{x:.digits$}"));
+    html! {
+        table {
+            thead { tr {
+                th { "step" } th { "samples" } th { "drawn by" } th { "FID" } th { "sFID" } th { "inception score" }
+                th { "precision" } th { "recall" } th { "against" }
+            } }
+            tbody {
+                @for scores in all {
+                    tr {
+                        td { (scores.step.map_or_else(|| "-".into(), count)) }
+                        td { (count(scores.samples as u64)) }
+                        td { (scores.sampler.as_ref().map(sampler).unwrap_or_default()) }
+                        td { (of(Some(scores.fid), 2)) }
+                        td { (of(scores.sfid, 2)) }
+                        td { (of(Some(scores.inception_score), 1)) }
+                        td { (of(scores.precision, 3)) }
+                        td { (of(scores.recall, 3)) }
+                        td { (scores.reference) }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Sampler settings in words.
+fn sampler(settings: &SamplerConfig) -> String {
+    let SamplerConfig { mode, num_steps, cfg_scale, guidance_low, guidance_high } = settings;
+    let mode = match mode {
+        Mode::Ode => "ODE",
+        Mode::OdeHeun => "ODE (Heun)",
+        Mode::Sde => "SDE",
+    };
+    match *cfg_scale > 1.0 {
+        true => {
+            format!("{mode}, {num_steps} steps, guidance {cfg_scale} from {guidance_low} to {guidance_high}")
+        }
+        false => format!("{mode}, {num_steps} steps, no guidance"),
     }
 }
 

@@ -15,7 +15,7 @@ pub fn run(steps: u64) -> Run {
         checkpoints: Vec::new(),
         samples: Vec::new(),
         evaluation: None,
-        scores: None,
+        scores: Vec::new(),
     }
 }
 

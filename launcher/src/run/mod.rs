@@ -21,7 +21,7 @@ pub use follow::{Follow, News};
 
 /// Where a run folder keeps what `evaluate` finds, and what it finds with Inception v3.
 pub const EVALUATION: &str = "evaluation.json";
-pub const SCORES: &str = "scores.json";
+pub const SCORES: &str = "scores.jsonl";
 
 /// Rank 0 writes its status every second: one as old as this is of a run that is no more.
 const SIGN_OF_LIFE: f64 = 15.0;
@@ -51,8 +51,8 @@ pub struct Run {
     pub samples: Vec<Sample>,
     /// How far samples are from the data.
     pub evaluation: Option<Evaluation>,
-    /// What ADM's evaluator would say of them.
-    pub scores: Option<Scores>,
+    /// What ADM's evaluator would say of them, the newest last.
+    pub scores: Vec<Scores>,
 }
 
 /// A checkpoint.
@@ -145,7 +145,7 @@ impl Run {
             checkpoints: checkpoints(folder),
             samples: samples(&folder.join("samples")),
             evaluation: serde_json::from_str(&text(EVALUATION)).ok(),
-            scores: serde_json::from_str(&text(SCORES)).ok(),
+            scores: text(SCORES).lines().filter_map(|line| serde_json::from_str(line).ok()).collect(),
             folder: folder.to_owned(),
         })
     }

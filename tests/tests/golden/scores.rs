@@ -1,11 +1,15 @@
 //! `scores`: what ADM's evaluator gives for two batches of images, with Inception's weights by a formula.
 
+use std::fs::File;
+use std::io::{Read, Write};
 use std::path::Path;
 
 use repa_comm::Single;
 use repa_tests::inception::weights;
-use repa_trainer::evaluate::{Batch, Inception, Samples, score};
+use repa_trainer::evaluate::{Batch, GaussianStatistics, Inception, Samples, Scores, score};
 use repa_trainer::figures::NpzWriter;
+use zip::write::SimpleFileOptions;
+use zip::{ZipArchive, ZipWriter};
 
 use crate::case::{Case, device_for_much, slack};
 use crate::inception::images;
@@ -15,29 +19,62 @@ const TOLERANCE: f64 = 1e-4;
 
 /// By way of files, as commands get them.
 pub fn check(case: &Case) -> Result<(), String> {
-    let text = |error: &dyn std::error::Error| error.to_string();
-    let folder = tempfile::tempdir().map_err(|e| text(&e))?;
-    let batch = |name: &str| batch(case, name, &folder.path().join(name));
-    let (reference, samples) = (batch("reference")?, batch("samples")?);
-    let inception = Inception::from_weights(weights(), &device_for_much()).map_err(|e| text(&e))?;
-    let comm = Single::new();
-    let scores = score(&comm, &inception, &reference, &Samples::Stored(&samples), |_| {})
-        .map_err(|e| text(&e))?
-        .ok_or("rank 0 has no scores")?;
-    let close = |what: &str, ours: Option<f64>, tolerance: f64| {
+    let folder = tempfile::tempdir().map_err(|e| e.to_string())?;
+    let at = |name: &str| folder.path().join(name);
+    let inception = Inception::from_weights(weights(), &device_for_much()).map_err(|e| e.to_string())?;
+    let (reference, samples) = (batch(case, "reference", &at("a"))?, batch(case, "samples", &at("b"))?);
+    let between = |reference: &Batch, samples: &Batch| {
+        let scores = score(&Single::new(), &inception, reference, &Samples::Stored(samples), |_| {});
+        scores.map_err(|e| e.to_string())?.ok_or_else(|| "rank 0 has no scores".to_owned())
+    };
+    let expect = |what: &str, ours: Option<f64>, tolerance: f64| {
         let (ours, expected) = (ours.ok_or(format!("{what} is missing"))?, case.f64s(what)[0]);
-        match (ours - expected).abs() <= tolerance * expected.abs() {
+        match (ours - expected).abs() <= tolerance * slack() * expected.abs() {
             true => Ok(()),
             false => Err(format!("{what} is {ours} where the reference has {expected}")),
         }
     };
-    close("fid", Some(scores.fid), TOLERANCE * slack())?;
-    close("sfid", scores.sfid, TOLERANCE * slack())?;
-    close("inception_score", Some(scores.inception_score), TOLERANCE * slack())?;
+    let distances = |scores: &Scores| {
+        expect("fid", Some(scores.fid), TOLERANCE)?;
+        expect("sfid", scores.sfid, TOLERANCE)?;
+        expect("inception_score", Some(scores.inception_score), TOLERANCE)
+    };
     // Fractions of 30 and of 40 points, of which few lie so near a border that coarser products count them otherwise.
-    let fractions = if slack() > 1.0 { 0.1 } else { 1e-9 };
-    close("precision", scores.precision, fractions)?;
-    close("recall", scores.recall, fractions)
+    let fractions = |scores: &Scores| {
+        expect("precision", scores.precision, 1e-3)?;
+        expect("recall", scores.recall, 1e-3)
+    };
+    let scores = between(&reference, &samples)?;
+    distances(&scores)?;
+    fractions(&scores)?;
+
+    // ADM's reference batches come with statistics, which go before images, and may come without images.
+    let features = inception.features(&images(case, "reference"));
+    let statistics = [
+        ("mu", "sigma", &features.pooled, Inception::POOLED),
+        ("mu_s", "sigma_s", &features.spatial, Inception::SPATIAL),
+    ];
+    let mut files = Vec::new();
+    for (mean, covariance, features, width) in statistics {
+        let mut gathered = GaussianStatistics::new(width);
+        gathered.add_f32(features).map_err(|e| e.to_string())?;
+        files.push((mean, npy(&[width], gathered.mean())));
+        files.push((covariance, npy(&[width, width], &gathered.covariance().map_err(|e| e.to_string())?)));
+    }
+    let alone = archive(&at("alone"), &files).map_err(|e| e.to_string())?;
+    let scores = between(&alone, &samples)?;
+    distances(&scores)?;
+    if scores.precision.or(scores.recall).is_some() || scores.reference_images != 0 {
+        return Err(format!("{scores:?} without images to compare with"));
+    }
+    files.push(("arr_0", pixels(&at("b")).map_err(|e| e.to_string())?));
+    let with_others = archive(&at("with others' images"), &files).map_err(|e| e.to_string())?;
+    distances(&between(&with_others, &samples)?)?;
+    let itself = between(&with_others, &with_others)?;
+    match itself.fid < TOLERANCE && itself.precision == Some(1.0) {
+        true => Ok(()),
+        false => Err(format!("{itself:?} of a batch and itself")),
+    }
 }
 
 fn batch(case: &Case, name: &str, path: &Path) -> Result<Batch, String> {
@@ -46,4 +83,32 @@ fn batch(case: &Case, name: &str, path: &Path) -> Result<Batch, String> {
     images(case, name).iter().try_for_each(|image| writer.push(image)).map_err(|e| e.to_string())?;
     writer.finish().map_err(|e| e.to_string())?;
     Batch::open(path).map_err(|e| e.to_string())
+}
+
+/// A float64 array as NumPy writes it.
+fn npy(shape: &[usize], values: &[f64]) -> Vec<u8> {
+    let shape: String = shape.iter().map(|d| format!("{d}, ")).collect();
+    let header = format!("{{'descr': '<f8', 'fortran_order': False, 'shape': ({shape}), }}\n");
+    let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
+    bytes.extend((header.len() as u16).to_le_bytes());
+    bytes.extend(header.as_bytes());
+    bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+    bytes
+}
+
+fn archive(path: &Path, files: &[(&str, Vec<u8>)]) -> Result<Batch, Box<dyn std::error::Error>> {
+    let mut zip = ZipWriter::new(File::create(path)?);
+    for (name, bytes) in files {
+        zip.start_file(format!("{name}.npy"), SimpleFileOptions::default())?;
+        zip.write_all(bytes)?;
+    }
+    zip.finish()?;
+    Ok(Batch::open(path)?)
+}
+
+/// A batch's `arr_0`.
+fn pixels(path: &Path) -> Result<Vec<u8>, Box<dyn std::error::Error>> {
+    let mut bytes = Vec::new();
+    ZipArchive::new(File::open(path)?)?.by_name("arr_0.npy")?.read_to_end(&mut bytes)?;
+    Ok(bytes)
 }

@@ -6,10 +6,11 @@ use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, sync_channel};
 
-use zip::ZipArchive;
 use zip::result::ZipError;
+use zip::{CompressionMethod, ZipArchive};
 
 use super::inception::Inception;
+use super::neighbours::NEIGHBOUR;
 use super::{EvaluationError, Gaussian};
 use crate::data::source::npy;
 use crate::images::Image;
@@ -27,9 +28,9 @@ pub struct Batch {
     /// Of the images: how many, height, width.
     shape: Option<[usize; 3]>,
     /// Of pooled features.
-    pub(super) pooled: Option<Gaussian>,
+    pooled: Option<Gaussian>,
     /// Of spatial features.
-    pub(super) spatial: Option<Gaussian>,
+    spatial: Option<Gaussian>,
 }
 
 impl Batch {
@@ -43,11 +44,26 @@ impl Batch {
 
     fn read(path: &Path) -> Result<Self, String> {
         let mut archive = archive(path)?;
-        let shape = images(&mut archive)?.map(|(shape, _)| shape);
+        let size = archive.by_name("arr_0.npy").map_or(0, |file| file.size());
+        let shape = match find(&mut archive, "arr_0")? {
+            Some(mut file) => Some(pixels(&mut file)?),
+            None => None,
+        };
         let pooled = statistics(&mut archive, "mu", "sigma", Inception::POOLED)?;
         let spatial = statistics(&mut archive, "mu_s", "sigma_s", Inception::SPATIAL)?;
-        if shape.is_none() && pooled.is_none() {
-            return Err("holds neither images (arr_0) nor statistics (mu and sigma)".to_owned());
+        match shape {
+            None if pooled.is_none() => {
+                return Err("holds neither images (arr_0) nor statistics (mu and sigma)".to_owned());
+            }
+            Some([few @ 0..=NEIGHBOUR, ..]) => {
+                return Err(format!("holds {few} images: it takes {} or more", NEIGHBOUR + 1));
+            }
+            Some([count, height, width]) if size < (3 * count * height * width) as u64 => {
+                return Err(format!(
+                    "is cut short: arr_0 has {size} bytes for {count} images of {height} x {width}"
+                ));
+            }
+            _ => {}
         }
         Ok(Self { path: path.to_owned(), shape, pooled, spatial })
     }
@@ -60,6 +76,11 @@ impl Batch {
     /// How many images it has.
     pub fn count(&self) -> usize {
         self.shape.map_or(0, |[count, ..]| count)
+    }
+
+    /// The statistics that it holds: of pooled and of spatial features.
+    pub fn given(&self) -> [Option<&Gaussian>; 2] {
+        [self.pooled.as_ref(), self.spatial.as_ref()]
     }
 
     /// Reads those images of the batch whose number modulo `ranks` is `rank`, in order, on a thread of its own.
@@ -114,15 +135,14 @@ fn find<'a>(archive: &'a mut Archive, name: &str) -> Result<Option<impl Read + u
     }
 }
 
-/// The shape of `arr_0`, and the rest of it, pixels alone.
-fn images(archive: &mut Archive) -> Result<Option<([usize; 3], impl Read)>, String> {
-    let Some(mut file) = find(archive, "arr_0")? else { return Ok(None) };
-    let header = npy::read_header(&mut file).map_err(|problem| format!("arr_0 {problem}"))?;
+/// Reads the shape of `arr_0` up to its first pixel: how many images, height, width.
+fn pixels(file: &mut impl Read) -> Result<[usize; 3], String> {
+    let header = npy::read_header(file).map_err(|problem| format!("arr_0 {problem}"))?;
     match (header.shape.as_slice(), header.descr.as_str(), header.fortran) {
         (&[count, height, width, 3], "|u1", false)
             if (1..=LARGEST).contains(&height) && (1..=LARGEST).contains(&width) =>
         {
-            Ok(Some(([count, height, width], file)))
+            Ok([count, height, width])
         }
         (shape, descr, _) => {
             Err(format!("arr_0 is {descr} {shape:?}, not the pixels of images: |u1 [N, H, W, 3] in C order"))
@@ -130,6 +150,8 @@ fn images(archive: &mut Archive) -> Result<Option<([usize; 3], impl Read)>, Stri
     }
 }
 
+/// Gives `tell` those images whose number modulo `ranks` is `rank`, until it has enough. Rank 0 reads all of the file
+/// and compares its checksum; the others pass over what is not theirs where the file is not compressed.
 fn read_images(
     path: &Path,
     rank: usize,
@@ -137,19 +159,45 @@ fn read_images(
     mut tell: impl FnMut(Image) -> bool,
 ) -> Result<(), String> {
     let mut archive = archive(path)?;
-    let Some(([count, height, width], mut file)) = images(&mut archive)? else { return Ok(()) };
+    let plain =
+        archive.by_name("arr_0.npy").is_ok_and(|file| file.compression() == CompressionMethod::Stored);
+    if rank > 0 && plain {
+        let file =
+            archive.by_name_seek("arr_0.npy").map_err(|error| format!("arr_0 cannot be read: {error}"))?;
+        let mut file = BufReader::new(file);
+        let [count, height, width] = pixels(&mut file)?;
+        let each = 3 * height * width;
+        for number in (rank..count).step_by(ranks) {
+            let pass = if number == rank { rank } else { ranks - 1 } * each;
+            let failed = |error| format!("image {number} cannot be read: {error}");
+            file.seek_relative(pass as i64).map_err(failed)?;
+            let mut pixels = vec![0; each];
+            file.read_exact(&mut pixels).map_err(failed)?;
+            if !tell(Image { width, height, pixels }) {
+                break;
+            }
+        }
+        return Ok(());
+    }
+    let Some(mut file) = find(&mut archive, "arr_0")? else { return Ok(()) };
+    let [count, height, width] = pixels(&mut file)?;
     let mut pixels = vec![0; 3 * height * width];
+    // The last of ours waits for the checksum, which is compared at the end.
+    let mut last = None;
     for number in 0..count {
         let failed = |error| format!("image {number} cannot be read: {error}");
         file.read_exact(&mut pixels).map_err(failed)?;
-        // Only at its end is the checksum of the whole compared.
+        if number % ranks == rank
+            && let Some(image) = last.replace(Image { width, height, pixels: pixels.clone() })
+            && !tell(image)
+        {
+            return Ok(());
+        }
         if number + 1 == count && file.read(&mut [0]).map_err(failed)? > 0 {
             return Err("arr_0 holds more than its shape says".to_owned());
         }
-        if number % ranks == rank && !tell(Image { width, height, pixels: pixels.clone() }) {
-            break;
-        }
     }
+    last.map(tell);
     Ok(())
 }
 
@@ -225,6 +273,10 @@ mod tests {
         assert_eq!(second.take(1).expect("one"), pictures(7)[4..5]);
         let error = second.take(1).expect_err("the end").to_string();
         assert!(error.contains("samples.npz") && error.contains("ends before"), "{error}");
+        for (rank, own) in [vec![0, 3, 6], vec![1, 4], vec![2, 5]].into_iter().enumerate() {
+            let own: Vec<Image> = own.into_iter().map(|i| pictures(7)[i].clone()).collect();
+            assert_eq!(batch.images(rank, 3).take(own.len()).expect("its own"), own, "{rank}");
+        }
         assert_eq!(batch.images(0, 1).take(7).expect("all"), pictures(7));
     }
 
@@ -248,6 +300,12 @@ mod tests {
         fails(&[("mu.npy", npy::to_bytes(&[3], &[0.0; 3]))], "statistics of other features");
         fails(&[("arr_0.npy", mean)], "arr_0 is <f4 [2048]");
         fails(&[("arr_0.npy", b"GIF".to_vec())], "arr_0 is not a .npy file");
+        let header = |count: u64| {
+            let text = format!("{{'descr': '|u1', 'fortran_order': False, 'shape': ({count}, 1, 1, 3), }}");
+            [&b"\x93NUMPY\x01\x00"[..], &(text.len() as u16).to_le_bytes(), text.as_bytes()].concat()
+        };
+        fails(&[("arr_0.npy", header(300_000_000_000))], "is cut short");
+        fails(&[("arr_0.npy", [header(3), vec![0; 9]].concat())], "holds 3 images: it takes 4 or more");
         std::fs::write(folder.path().join("text"), "no archive").expect("written");
         assert!(Batch::open(&folder.path().join("text")).expect_err("text").to_string().contains("no .npz"));
     }
@@ -256,15 +314,16 @@ mod tests {
     fn damaged_pixels_are_noticed() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("samples.npz");
-        let mut writer = NpzWriter::create(&path, 3, 2, 3).expect("created");
-        pictures(3).iter().for_each(|image| writer.push(image).expect("pushed"));
+        let mut writer = NpzWriter::create(&path, 5, 2, 3).expect("created");
+        pictures(5).iter().for_each(|image| writer.push(image).expect("pushed"));
         writer.finish().expect("finished");
         let mut bytes = std::fs::read(&path).expect("read");
-        let at = bytes.windows(18).position(|pixels| pixels == [2; 18]).expect("the last image");
+        let at = bytes.windows(18).position(|pixels| pixels == [2; 18]).expect("an image");
         bytes[at + 17] = 7;
         std::fs::write(&path, bytes).expect("written");
-        let error =
-            Batch::open(&path).expect("a batch").images(0, 1).take(3).expect_err("damaged").to_string();
-        assert!(error.contains("image 2 cannot be read"), "{error}");
+        // By rank 0 alone, whose images are others here.
+        let mut images = Batch::open(&path).expect("a batch").images(0, 4);
+        let error = images.take(2).expect_err("damaged").to_string();
+        assert!(error.contains("image 4 cannot be read"), "{error}");
     }
 }

@@ -2,11 +2,15 @@
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatMut, MatRef, Par, Side};
+use rayon::prelude::*;
 
 use super::EvaluateError;
 
 /// Rows that enter the scatter at a time, so that a large batch needs no centred copy of itself.
 const ROWS: usize = 256;
+
+/// Rows of the scatter that one thread computes at a time. The bits do not depend on how many threads there are.
+const BLOCK: usize = 128;
 
 /// Mean and covariance of features, gathered batch by batch and mergeable across ranks. The same
 /// batches in the same order give the same bits.
@@ -93,8 +97,12 @@ impl GaussianStatistics {
             rows.chunks_exact(d).flat_map(|row| row.iter().zip(&mean).map(|(x, m)| x - m)).collect();
         let centred = MatRef::from_row_major_slice(&centred, n, d);
         let mut scatter = vec![0.0; d * d];
-        let into = MatMut::from_row_major_slice_mut(&mut scatter, d, d);
-        matmul(into, Accum::Replace, centred.transpose(), centred, 1.0, Par::Seq);
+        scatter.par_chunks_mut(BLOCK * d).enumerate().for_each(|(block, into)| {
+            let rows = into.len() / d;
+            let into = MatMut::from_row_major_slice_mut(into, rows, d);
+            let left = centred.subcols(block * BLOCK, rows).transpose();
+            matmul(into, Accum::Replace, left, centred, 1.0, Par::Seq);
+        });
         Self { count: n as u64, mean, scatter }
     }
 
@@ -106,12 +114,14 @@ impl GaussianStatistics {
         let (a, b) = (self.count as f64, other.count as f64);
         let difference: Vec<f64> = other.mean.iter().zip(&self.mean).map(|(y, x)| y - x).collect();
         let weight = a * b / (a + b);
-        for (i, row) in self.scatter.chunks_exact_mut(difference.len()).enumerate() {
-            let theirs = &other.scatter[i * difference.len()..];
-            for ((sum, &term), d) in row.iter_mut().zip(theirs).zip(&difference) {
-                *sum += term + weight * difference[i] * d;
-            }
-        }
+        let rows = self.scatter.par_chunks_exact_mut(difference.len());
+        rows.zip(other.scatter.par_chunks_exact(difference.len())).zip(&difference).for_each(
+            |((row, theirs), own)| {
+                for ((sum, &term), d) in row.iter_mut().zip(theirs).zip(&difference) {
+                    *sum += term + weight * own * d;
+                }
+            },
+        );
         self.mean.iter_mut().zip(&difference).for_each(|(mean, d)| *mean += d * (b / (a + b)));
         self.count += other.count;
     }

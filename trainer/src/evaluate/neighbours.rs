@@ -29,7 +29,7 @@ impl Points {
     /// # Errors
     /// [`EvaluateError::NotFinite`] names the point and the feature; [`EvaluateError::TooFew`] where a point lacks the
     /// neighbour that its radius reaches to.
-    pub fn new(values: &[f32], dimensions: usize, device: &Device) -> Result<Self, EvaluateError> {
+    pub fn new(values: Vec<f32>, dimensions: usize, device: &Device) -> Result<Self, EvaluateError> {
         assert!(values.len().is_multiple_of(dimensions), "no rows of {dimensions}");
         if let Some(at) = values.iter().position(|v| !v.is_finite()) {
             let (sample, dimension) = (at / dimensions, at % dimensions);
@@ -39,8 +39,9 @@ impl Points {
         if count <= NEIGHBOUR {
             return Err(EvaluateError::TooFew { count: count as u64, needed: NEIGHBOUR as u64 + 1 });
         }
-        let values = Tensor::from_data(TensorData::new(values.to_vec(), [count, dimensions]), device);
-        let squares = (values.clone() * values.clone()).sum_dim(1).transpose();
+        let squares = values.par_chunks_exact(dimensions).map(|row| row.iter().map(|v| v * v).sum::<f32>());
+        let squares = Tensor::from_data(TensorData::new(squares.collect::<Vec<_>>(), [1, count]), device);
+        let values = Tensor::from_data(TensorData::new(values, [count, dimensions]), device);
         Ok(Self { values, squares })
     }
 
@@ -94,7 +95,7 @@ mod tests {
     /// Fractions of the samples within the data, and of the data within the samples, with work in `parts`.
     fn precision_recall(data: &[f32], samples: &[f32], d: usize, parts: usize) -> [f64; 2] {
         let device = Device::flex();
-        let points = |values| Points::new(values, d, &device).expect("points");
+        let points = |values: &[f32]| Points::new(values.to_vec(), d, &device).expect("points");
         let (data, samples) = (points(data), points(samples));
         let shares = |n: usize| (0..parts).map(move |part| repa_comm::shard_range(n, part, parts));
         let covered = |points: &Points, centres: &Points| {
@@ -117,9 +118,9 @@ mod tests {
 
     #[test]
     fn too_few_points_are_an_error() {
-        let error = Points::new(&[0.0, 1.0, 2.0], 1, &Device::flex()).expect_err("three").to_string();
+        let error = Points::new(vec![0.0, 1.0, 2.0], 1, &Device::flex()).expect_err("three").to_string();
         assert!(error.contains("3 samples are too few"), "{error}");
-        assert!(Points::new(&[0.0, f32::NAN, 1.0, 2.0], 1, &Device::flex()).is_err());
+        assert!(Points::new(vec![0.0, f32::NAN, 1.0, 2.0], 1, &Device::flex()).is_err());
     }
 
     proptest! {

@@ -1,28 +1,25 @@
 //! Features of many images, of all ranks.
 
-use repa_comm::{Communicator, Failure, RemoteError, all_gather, all_or_first_error};
+use repa_comm::{CommError, Communicator, Failure, RemoteError, all_gather, all_or_first_error};
 
 use super::EvaluationError;
 use crate::exit::Kind;
-use crate::generate::together;
+use crate::generate::each_rank;
 use crate::gpu_failure;
 
-/// Does this rank's part of the work, however long the ranks take, and passes on what went wrong on any of them.
+/// As [`each_rank`], of evaluations.
 pub(super) fn part<T: Send>(
     comm: &dyn Communicator,
     work: impl FnOnce() -> Result<T, EvaluationError> + Send,
 ) -> Result<T, RemoteError> {
-    let done = together(comm, work).map_err(of_ranks);
-    all_or_first_error(comm, done.and_then(|done| Ok(done?)))
+    each_rank(comm, work)
 }
 
-/// What each rank gives, in one row after the other.
+/// What each rank gives.
 pub(super) fn gathered(comm: &dyn Communicator, mine: &[f32]) -> Result<Vec<Vec<f32>>, RemoteError> {
-    all_or_first_error(comm, all_gather(comm, mine).map_err(of_ranks))
-}
-
-fn of_ranks(error: repa_comm::CommError) -> Failure {
-    Failure { message: error.to_string(), code: i32::from(Kind::Runtime.code()) }
+    let failed =
+        |error: CommError| Failure { message: error.to_string(), code: i32::from(Kind::Runtime.code()) };
+    all_or_first_error(comm, all_gather(comm, mine).map_err(failed))
 }
 
 /// How many images there are, and how many of them a rank takes at once.

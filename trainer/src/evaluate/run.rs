@@ -13,7 +13,7 @@ use crate::Device;
 use crate::config::Config;
 use crate::data::{self, store::LatentStore};
 use crate::encoder::VisionEncoder;
-use crate::generate::{GenerateError, Generator, Which};
+use crate::generate::{GenerateError, Generator, Which, same_step};
 use crate::images::Image;
 
 /// Images that go through the encoder at once.
@@ -77,6 +77,7 @@ pub fn evaluate_run(
         Ok((store, labels, generator, untrained))
     });
     let (store, labels, generator, untrained) = opened?;
+    same_step(comm, generator.step())?;
     let real = part(comm, || first.then(|| Real::of(&store, encoder)).transpose())?;
 
     let width = encoder.embed_dim();

@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use super::inception::{BATCH, Inception};
 use super::rounds::{Rounds, gathered, part};
 use super::{Batch, EvaluationError, Gaussian, GaussianStatistics, Points};
-use crate::generate::{Classes, Generator};
+use crate::generate::{Classes, Generator, same_on_all};
+use crate::sample::SamplerConfig;
 
 /// Samples of which each inception score is; the score is their mean.
 const SPLIT: usize = 5000;
@@ -25,8 +26,11 @@ pub struct Scores {
     pub step: Option<u64>,
     /// Samples.
     pub samples: usize,
-    /// Guidance scale, where the samples were drawn from a run.
-    pub cfg_scale: Option<f64>,
+    /// How the samples were drawn, where that was from a run.
+    pub sampler: Option<SamplerConfig>,
+    /// Whether each class had as many samples, where they were drawn from a run.
+    #[serde(default)]
+    pub even_classes: Option<bool>,
     /// The reference batch's file.
     pub reference: String,
     /// Images of the reference batch.
@@ -61,13 +65,24 @@ impl Samples<'_> {
             Self::Stored(batch) => batch.count(),
         }
     }
+
+    /// Statistics that are there without looking at images: of pooled and of spatial features.
+    fn given(&self) -> [Option<&Gaussian>; 2] {
+        match self {
+            Self::Drawn(..) => [None, None],
+            Self::Stored(batch) => batch.given(),
+        }
+    }
 }
 
 /// Scores samples against a reference batch, on all ranks, which share the work; the scores come out on rank 0.
 /// `progress` hears on every rank how many images have been looked at, the reference's and the samples together.
 ///
+/// As in ADM's evaluator, statistics that a file holds go before those of its images.
+///
 /// # Errors
-/// Fewer than four images on a side; a sampler's, a file's or the communication's error, the same on all ranks.
+/// A sampler's, a file's or the communication's, files that differ between ranks, or features that are not finite: the
+/// same on all ranks.
 pub fn score(
     comm: &dyn Communicator,
     inception: &Inception,
@@ -75,49 +90,57 @@ pub fn score(
     samples: &Samples,
     mut progress: impl FnMut(usize) + Send,
 ) -> Result<Option<Scores>, RemoteError> {
+    const SAME: &str = "give all hosts the same file";
+    same_on_all(
+        comm,
+        &[
+            ("images of the reference batch", reference.count() as u64, SAME),
+            ("statistics in the reference batch", reference.given().iter().flatten().count() as u64, SAME),
+            ("samples", samples.count() as u64, SAME),
+        ],
+    )?;
     let first = comm.rank() == 0;
-    let known = [reference.pooled.is_some(), reference.spatial.is_some()];
+    let compared = reference.count() > 0;
     let theirs = Samples::Stored(reference);
-    let theirs = Looked::at(comm, inception, &theirs, known.map(|known| first && !known), &mut progress)?;
-    let of_reference = reference.count();
-    let mut later = |done| progress(of_reference + done);
-    let ours = Looked::at(comm, inception, samples, [first; 2], &mut later)?;
-
-    let covered = match of_reference {
-        0 => None,
-        _ => Some(covered(comm, inception, [&theirs.pooled, &ours.pooled])?),
+    let mut looked = |samples: &Samples, before: usize| {
+        // Neighbours are searched by all ranks, the rest is rank 0's.
+        let wanted = samples.given().map(|given| first && given.is_none());
+        Looked::at(comm, inception, samples, first || compared, wanted, &mut |done| progress(before + done))
     };
+    let (theirs_looked, ours_looked) = (looked(&theirs, 0)?, looked(samples, reference.count())?);
+
     let figures = || -> Result<_, EvaluationError> {
         if !first {
             return Ok(None);
         }
-        let distance = |given: &Option<Gaussian>, theirs: &GaussianStatistics, ours: &GaussianStatistics| {
-            let known = match given {
-                Some(known) => known.clone(),
-                None => theirs.gaussian()?,
+        let distance = |which: usize| {
+            let gaussian = |samples: &Samples, looked: &Looked| match samples.given()[which] {
+                Some(given) => Ok(given.clone()),
+                None => looked.statistics[which].gaussian(),
             };
-            ours.gaussian()?.frechet_distance(&known)
+            gaussian(samples, &ours_looked)?.frechet_distance(&gaussian(&theirs, &theirs_looked)?)
         };
-        let (pooled, spatial) = rayon::join(
-            || distance(&reference.pooled, &theirs.statistics[0], &ours.statistics[0]),
-            || match reference.spatial.is_some() || of_reference > 0 {
-                true => distance(&reference.spatial, &theirs.statistics[1], &ours.statistics[1]).map(Some),
-                false => Ok(None),
-            },
-        );
-        Ok(Some((pooled?, spatial?, inception_score(inception, &ours.pooled))))
+        let spatial = compared || reference.given()[1].is_some();
+        let (fid, sfid) = rayon::join(|| distance(0), || spatial.then(|| distance(1)).transpose());
+        Ok(Some((fid?, sfid?, inception_score(inception, &ours_looked.pooled))))
     };
-    let Some((fid, sfid, inception_score)) = part(comm, figures)? else { return Ok(None) };
-    let (step, cfg_scale) = match samples {
-        Samples::Drawn(generator, ..) => (Some(generator.step()), Some(generator.cfg_scale())),
-        Samples::Stored(_) => (None, None),
+    let figures = part(comm, figures)?;
+    let covered = match compared {
+        true => Some(covered(comm, inception, [theirs_looked.pooled, ours_looked.pooled])?),
+        false => None,
+    };
+    let Some((fid, sfid, inception_score)) = figures else { return Ok(None) };
+    let drawn = match samples {
+        Samples::Drawn(generator, _, classes) => Some((*generator, *classes)),
+        Samples::Stored(_) => None,
     };
     Ok(Some(Scores {
-        step,
+        step: drawn.map(|(generator, _)| generator.step()),
         samples: samples.count(),
-        cfg_scale,
+        sampler: drawn.map(|(generator, _)| generator.sampler().clone()),
+        even_classes: drawn.map(|(_, classes)| classes == Classes::Even),
         reference: reference.path().display().to_string(),
-        reference_images: of_reference,
+        reference_images: reference.count(),
         fid,
         sfid,
         inception_score,
@@ -128,7 +151,7 @@ pub fn score(
 
 /// What is left of images.
 struct Looked {
-    /// Pooled features of all of them, [N, 2048], flattened, on every rank.
+    /// Pooled features of all of them, [N, 2048], flattened, where they were asked for.
     pooled: Vec<f32>,
     /// Of pooled and of spatial features, where they were asked for.
     statistics: [GaussianStatistics; 2],
@@ -139,14 +162,17 @@ impl Looked {
         comm: &dyn Communicator,
         inception: &Inception,
         samples: &Samples,
+        keep: bool,
         wanted: [bool; 2],
         progress: &mut (dyn FnMut(usize) + Send),
     ) -> Result<Self, RemoteError> {
         const WIDTH: usize = Inception::POOLED + Inception::SPATIAL;
         let count = samples.count();
+        let statistics =
+            |which: usize, dimensions| GaussianStatistics::new(if wanted[which] { dimensions } else { 0 });
         let mut looked = Self {
-            pooled: Vec::with_capacity(count * Inception::POOLED),
-            statistics: [Inception::POOLED, Inception::SPATIAL].map(GaussianStatistics::new),
+            pooled: Vec::new(),
+            statistics: [statistics(0, Inception::POOLED), statistics(1, Inception::SPATIAL)],
         };
         let mut stored = match samples {
             Samples::Stored(batch) => Some(batch.images(comm.rank(), comm.size())),
@@ -172,12 +198,14 @@ impl Looked {
             done += rows.len() / WIDTH;
             for row in rows.chunks(WIDTH) {
                 let (pooled, spatial) = row.split_at(Inception::POOLED);
-                looked.pooled.extend_from_slice(pooled);
+                if keep {
+                    looked.pooled.extend_from_slice(pooled);
+                }
                 if wanted[1] {
                     waiting.extend_from_slice(spatial);
                 }
             }
-            if done == count || waiting.len() >= COUNTED * Inception::SPATIAL {
+            if wanted[1] && (done == count || waiting.len() >= COUNTED * Inception::SPATIAL) {
                 looked.statistics[1].add_f32(&waiting)?;
                 waiting.clear();
             }
@@ -199,7 +227,7 @@ impl Looked {
 fn covered(
     comm: &dyn Communicator,
     inception: &Inception,
-    [reference, samples]: [&[f32]; 2],
+    [reference, samples]: [Vec<f32>; 2],
 ) -> Result<[f64; 2], RemoteError> {
     let share = |points: &Points| shard_range(points.count(), comm.rank(), comm.size());
     let (points, radii) = part(comm, || {

@@ -20,10 +20,11 @@ use crate::flat;
 use crate::images::{self, Image};
 use crate::model::Sit;
 use crate::params::{Layout, Params};
-use crate::sample::{Batch, DrawnNoise, SampleError, draw_latents, sample};
+use crate::sample::{Batch, DrawnNoise, SampleError, SamplerConfig, draw_latents, sample};
 use crate::weights::WeightsError;
 pub use many::{Classes, write_many};
 pub(crate) use together::together;
+pub use together::{Fact, each_rank, same_on_all, same_step};
 
 /// Which weights of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -244,9 +245,9 @@ impl Generator {
         self.config.sample.batch
     }
 
-    /// Guidance scale of the samples.
-    pub(crate) fn cfg_scale(&self) -> f64 {
-        self.config.sample.solver.cfg_scale
+    /// How samples are drawn.
+    pub(crate) fn sampler(&self) -> &SamplerConfig {
+        &self.config.sample.solver
     }
 
     /// The images of these numbers, of classes that are drawn for each, as evaluators get them.
