@@ -178,7 +178,12 @@ fn compare(
         let reference = Batch::open(reference).map_err(Failure::data)?;
         let config = match &arguments.images {
             // Of a configuration, only where to compute and on how many threads.
-            Some(_) => Settings { config: None, values: arguments.values.clone() }.load()?.config,
+            Some(_) => {
+                let mut config = Settings { config: None, values: arguments.values.clone() }.load()?.config;
+                // Nothing is drawn: to a GPU that is full, a smaller batch is no help.
+                config.sample.batch = 1;
+                config
+            }
             None => arguments.config()?,
         };
         super::rank_threads(comm, config.train.threads)?;

@@ -4,14 +4,14 @@ use repa_tests::inception::weights;
 use repa_trainer::evaluate::Inception;
 use repa_trainer::images::Image;
 
-use crate::case::{Case, device_for_much};
+use crate::case::{Case, device_for};
 use crate::compare::close_relative;
 
 /// Of each array's norm.
 const TOLERANCE: f64 = 1e-5;
 
 pub fn check(case: &Case) -> Result<(), String> {
-    let inception = Inception::from_weights(weights(), &device_for_much()).map_err(|e| e.to_string())?;
+    let inception = Inception::from_weights(weights(), &device_for(3)).map_err(|e| e.to_string())?;
     let features = inception.features(&images(case, "image"));
     let probabilities = inception.probabilities(&case.f32s("pooled"));
     let compare = |what: &str, ours: &[f32]| close_relative(what, ours, &case.f32s(what), TOLERANCE);

@@ -29,8 +29,8 @@ const SPATIAL: &str = "Mixed_6d";
 const SPATIAL_CHANNELS: usize = 7;
 const SPATIAL_SIDE: usize = 17;
 
-/// Images that go through at once.
-pub(crate) const BATCH: usize = 32;
+/// Images that go through at once: the largest array of twice as many is beyond what Vulkan allows by default.
+pub(crate) const BATCH: usize = 16;
 
 /// Features of images, float32.
 #[derive(Debug, Clone, Default, PartialEq)]
