@@ -59,8 +59,8 @@ def ours(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
 def theirs(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     samples, reference = (Images(np.load(folder / f"{name}.npz")["arr_0"]) for name in ("samples", "reference"))
     found = torch_fidelity.calculate_metrics(
-        input1=samples, input2=reference, fid=True, isc=True, prc=True, isc_splits=1, samples_shuffle=False,
-        cuda=arguments.device != "cpu", batch_size=32, verbose=False, save_cpu_ram=True, cache=False,
+        input1=samples, input2=reference, fid=True, isc=True, prc=True, feature_extractor="inception-v3-compat",
+        isc_splits=1, samples_shuffle=False, cuda=arguments.device != "cpu", batch_size=32, verbose=False, cache=False,
         feature_extractor_weights_path=str(folder / "inception.pth"),
     )
     return {name: found[key] for name, key in NAMES.items()}
