@@ -129,9 +129,10 @@ int nvrtcCompileProgram(struct program *program, int count, const char **options
     const char *kernels = getenv("STAND_IN_KERNELS");
     char name[256];
     const char *compiled = getenv("STAND_IN_COMPILED");
+    int found = kernel_name(program->source, name);
     FILE *told = compiled ? fopen(compiled, "a") : 0;
-    if (told) { fputs("a program\n", told); fclose(told); }
-    if (!kernels || !kernel_name(program->source, name)) {
+    if (told) { fprintf(told, "%s\n", found ? name : "no kernel"); fclose(told); }
+    if (!kernels || !found) {
         program->log = strdup(kernels ? "there is no kernel in it" : "STAND_IN_KERNELS is not set");
         return COMPILATION;
     }

@@ -9,7 +9,7 @@
  * collective that fails. STAND_IN_REPORT: a file that gets what there was when the process ends, a line "name number"
  * each; %d in its name is the process's rank. STAND_IN_EMPTY: new memory is zero and takes none of the host's until it is
  * written. STAND_IN_MEMORY: bytes that there are of it. STAND_IN_PTX: a folder that gets what NVIDIA's compiler has made.
- * STAND_IN_COMPILED: a file that gets a line for each program that is compiled.
+ * STAND_IN_COMPILED: a file that gets the name of each program that is compiled, on a line.
  * STAND_IN_TRACE: kernels are named as they are loaded, and their sources for the host kept. */
 #include <stdint.h>
 #include <stdlib.h>

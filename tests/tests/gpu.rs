@@ -125,15 +125,22 @@ fn kernels_are_compiled_once_on_a_host() {
         let mut command = place.command(ranks, name, &cuda(ranks));
         command.env("REPA_KERNEL_CACHE", place.run("kernels")).env("STAND_IN_COMPILED", &count);
         Running::start(&mut command).wait(DEADLINE).expect_code(0);
-        std::fs::read_to_string(count).unwrap_or_default().lines().count()
+        std::fs::read_to_string(count).unwrap_or_default().lines().map(str::to_owned).collect::<Vec<_>>()
     };
     let first = compiled("first", 1);
-    assert!(first > 30, "{first} programs");
-    assert_eq!(compiled("second", 1), 0, "all are kept");
+    assert!(first.len() > 30, "{first:?}");
+    let second = compiled("second", 1);
+    assert!(!second.iter().any(|name| first.contains(name)), "{second:?} again, of {first:?}");
+    // Where burn cuts a chain depends a little on when its threads meet: another cut, another kernel.
+    assert!(second.len() < first.len() / 10, "{second:?} beside {first:?}");
     place.same("first", "second");
     // Of two ranks the second has none yet, and the first lacks what only several ranks need.
-    let two = compiled("two", 2);
-    assert!((first / 2..2 * first).contains(&two), "{two} programs of two ranks, {first} of one");
+    let two = compiled("two", 2).len();
+    assert!(
+        (first.len() / 2..2 * first.len()).contains(&two),
+        "{two} programs of two ranks, {} of one",
+        first.len()
+    );
 }
 
 /// By how much arrays differ: the norm of the difference, of the norm.
