@@ -1,5 +1,4 @@
-//! ADM's scores of a run's samples, by all ranks, under real mpirun. Some forty seconds, of which
-//! most are eigenvalues of covariances.
+//! ADM's scores of a run's samples, by all ranks, under real mpirun. Some twenty seconds.
 
 use std::path::Path;
 use std::process::Command;

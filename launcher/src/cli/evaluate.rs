@@ -175,6 +175,7 @@ fn compare(
     reference: &Path,
 ) -> Result<(), RemoteError> {
     let open = || -> Result<_, Failure> {
+        let count = arguments.count(MANY, 4)?;
         let reference = Batch::open(reference).map_err(Failure::data)?;
         let config = match &arguments.images {
             // Of a configuration, only where to compute and on how many threads.
@@ -192,7 +193,6 @@ fn compare(
         let samples = match &arguments.images {
             Some(path) => Chosen::Stored(pictures(path)?),
             None => {
-                let count = arguments.count(MANY, 4)?;
                 let checkpoint = arguments.checkpoint.as_deref();
                 let generator = Generator::open(&config, Which::Ema, checkpoint, &device)?;
                 Chosen::Drawn(Box::new(generator), count)

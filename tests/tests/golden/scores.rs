@@ -6,6 +6,7 @@ use std::path::Path;
 
 use repa_comm::Single;
 use repa_tests::inception::weights;
+use repa_trainer::data::source::npy;
 use repa_trainer::evaluate::{Batch, GaussianStatistics, Inception, Samples, Scores, score};
 use repa_trainer::figures::NpzWriter;
 use zip::write::SimpleFileOptions;
@@ -58,8 +59,9 @@ pub fn check(case: &Case) -> Result<(), String> {
     for (mean, covariance, features, width) in statistics {
         let mut gathered = GaussianStatistics::new(width);
         gathered.add_f32(features).map_err(|e| e.to_string())?;
-        files.push((mean, npy(&[width], gathered.mean())));
-        files.push((covariance, npy(&[width, width], &gathered.covariance().map_err(|e| e.to_string())?)));
+        files.push((mean, float64(&[width], gathered.mean())));
+        files
+            .push((covariance, float64(&[width, width], &gathered.covariance().map_err(|e| e.to_string())?)));
     }
     let alone = archive(&at("alone"), &files).map_err(|e| e.to_string())?;
     let scores = between(&alone, &samples)?;
@@ -69,10 +71,13 @@ pub fn check(case: &Case) -> Result<(), String> {
     }
     files.push(("arr_0", pixels(&at("b")).map_err(|e| e.to_string())?));
     let with_others = archive(&at("with others' images"), &files).map_err(|e| e.to_string())?;
-    let itself = between(&with_others, &with_others)?;
-    match itself.fid < TOLERANCE && itself.precision == Some(1.0) {
+    // The images are the samples' own, and would be at no distance.
+    distances(&between(&with_others, &samples)?)?;
+    // Here the statistics would be the reference's, as those that it is compared with.
+    let none = between(&alone, &with_others)?;
+    match none.fid < TOLERANCE && none.sfid.is_some_and(|sfid| sfid < TOLERANCE) {
         true => Ok(()),
-        false => Err(format!("{itself:?} of a batch and itself")),
+        false => Err(format!("{none:?} between equal statistics")),
     }
 }
 
@@ -85,12 +90,8 @@ fn batch(case: &Case, name: &str, path: &Path) -> Result<Batch, String> {
 }
 
 /// A float64 array as NumPy writes it.
-fn npy(shape: &[usize], values: &[f64]) -> Vec<u8> {
-    let shape: String = shape.iter().map(|d| format!("{d}, ")).collect();
-    let header = format!("{{'descr': '<f8', 'fortran_order': False, 'shape': ({shape}), }}\n");
-    let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
-    bytes.extend((header.len() as u16).to_le_bytes());
-    bytes.extend(header.as_bytes());
+fn float64(shape: &[usize], values: &[f64]) -> Vec<u8> {
+    let mut bytes = npy::header("<f8", shape);
     bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
     bytes
 }

@@ -300,10 +300,7 @@ mod tests {
         fails(&[("mu.npy", npy::to_bytes(&[3], &[0.0; 3]))], "statistics of other features");
         fails(&[("arr_0.npy", mean)], "arr_0 is <f4 [2048]");
         fails(&[("arr_0.npy", b"GIF".to_vec())], "arr_0 is not a .npy file");
-        let header = |count: u64| {
-            let text = format!("{{'descr': '|u1', 'fortran_order': False, 'shape': ({count}, 1, 1, 3), }}");
-            [&b"\x93NUMPY\x01\x00"[..], &(text.len() as u16).to_le_bytes(), text.as_bytes()].concat()
-        };
+        let header = |count: usize| npy::header("|u1", &[count, 1, 1, 3]);
         fails(&[("arr_0.npy", header(300_000_000_000))], "is cut short");
         fails(&[("arr_0.npy", [header(3), vec![0; 9]].concat())], "holds 3 images: it takes 4 or more");
         std::fs::write(folder.path().join("text"), "no archive").expect("written");

@@ -12,8 +12,8 @@ const ROWS: usize = 256;
 /// Rows of the scatter that one thread computes at a time. The bits do not depend on how many threads there are.
 const BLOCK: usize = 128;
 
-/// Mean and covariance of features, gathered batch by batch and mergeable across ranks. The same
-/// batches in the same order give the same bits.
+/// Mean and covariance of features, gathered batch by batch. The same batches in the same order give
+/// the same bits.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GaussianStatistics {
     count: u64,
@@ -58,7 +58,8 @@ impl GaussianStatistics {
         assert!(features.len().is_multiple_of(d), "{} features are no rows of {d}", features.len());
         if let Some(at) = features.iter().position(|v| !v.is_finite()) {
             let value = features[at];
-            return Err(EvaluateError::NotFinite { sample: at / d, dimension: at % d, value });
+            let sample = self.count as usize + at / d;
+            return Err(EvaluateError::NotFinite { sample, dimension: at % d, value });
         }
         for rows in features.chunks(ROWS * d) {
             self.absorb(&Self::of_chunk(rows, d));
@@ -72,18 +73,6 @@ impl GaussianStatistics {
     /// As [`GaussianStatistics::add`].
     pub fn add_f32(&mut self, features: &[f32]) -> Result<(), EvaluateError> {
         self.add(&features.iter().map(|&v| f64::from(v)).collect::<Vec<_>>())
-    }
-
-    /// Adds the samples of other statistics, such as another rank's.
-    ///
-    /// # Errors
-    /// [`EvaluateError::Dimensions`] where the numbers of features differ.
-    pub fn merge(&mut self, other: &Self) -> Result<(), EvaluateError> {
-        if self.dimensions() != other.dimensions() {
-            return Err(EvaluateError::Dimensions { a: self.dimensions(), b: other.dimensions() });
-        }
-        self.absorb(other);
-        Ok(())
     }
 
     fn of_chunk(rows: &[f64], d: usize) -> Self {
@@ -124,22 +113,6 @@ impl GaussianStatistics {
         );
         self.mean.iter_mut().zip(&difference).for_each(|(mean, d)| *mean += d * (b / (a + b)));
         self.count += other.count;
-    }
-
-    /// One array for sending between ranks: count, mean [D], scatter [D, D].
-    pub fn to_flat(&self) -> Vec<f64> {
-        let mut flat = vec![self.count as f64];
-        flat.extend_from_slice(&self.mean);
-        flat.extend_from_slice(&self.scatter);
-        flat
-    }
-
-    /// The statistics behind [`GaussianStatistics::to_flat`]. Another length is a programming error
-    /// and panics.
-    pub fn from_flat(flat: &[f64], dimensions: usize) -> Self {
-        assert_eq!(flat.len(), 1 + dimensions + dimensions * dimensions, "not statistics of {dimensions}");
-        let (mean, scatter) = flat[1..].split_at(dimensions);
-        Self { count: flat[0] as u64, mean: mean.to_vec(), scatter: scatter.to_vec() }
     }
 
     /// Mean [D].
@@ -321,14 +294,13 @@ mod tests {
     }
 
     #[test]
-    fn parts_merge_to_the_whole_far_from_zero() {
+    fn parts_add_up_to_the_whole_far_from_zero() {
         let d = 7;
         let all: Vec<f64> = features(3, 1000, d).iter().map(|x| x + 1e6).collect();
         let whole = GaussianStatistics::of(&all, d).expect("statistics");
         let mut merged = GaussianStatistics::new(d);
         for part in [&all[..5 * d], &all[5 * d..5 * d], &all[5 * d..700 * d], &all[700 * d..]] {
-            let part = GaussianStatistics::of(part, d).expect("statistics");
-            merged.merge(&GaussianStatistics::from_flat(&part.to_flat(), d)).expect("as many features");
+            merged.add(part).expect("finite");
         }
         assert_eq!(merged.count(), 1000);
         let (a, b) = (whole.covariance().expect("enough"), merged.covariance().expect("enough"));
@@ -348,8 +320,9 @@ mod tests {
         let mut bad = good.clone();
         bad[7] = f64::NAN;
         assert_eq!(message(&good, &bad), "feature 1 of sample 2 is NaN");
+        let mut later = GaussianStatistics::of(&good, 3).expect("statistics");
+        assert_eq!(later.add(&bad).expect_err("NaN").to_string(), "feature 1 of sample 12 is NaN");
         let other = GaussianStatistics::of(&good, 5).expect("statistics");
-        assert!(other.clone().merge(&GaussianStatistics::new(3)).is_err());
         assert!(other.frechet_distance(&GaussianStatistics::of(&good, 3).expect("three")).is_err());
     }
 }

@@ -16,7 +16,6 @@ use crate::generate::GenerateError;
 pub use batch::Batch;
 pub use frechet::{Gaussian, GaussianStatistics, frechet_distance};
 pub use inception::{Inception, InceptionFeatures};
-pub use neighbours::Points;
 pub use run::{Evaluation, evaluate_run};
 pub use scores::{Samples, Scores, score};
 
@@ -83,7 +82,7 @@ pub enum EvaluateError {
     /// NaN or infinity among the features.
     #[error("feature {dimension} of sample {sample} is {value}")]
     NotFinite {
-        /// Which sample, counted from 0 within the batch.
+        /// Which sample, counted from 0 over all that were added.
         sample: usize,
         /// Which of its features.
         dimension: usize,

@@ -12,11 +12,11 @@ use super::EvaluateError;
 const ROWS: usize = 512;
 
 /// Which neighbour of a point its radius reaches to, in the paper and in ADM's evaluator.
-pub const NEIGHBOUR: usize = 3;
+pub(super) const NEIGHBOUR: usize = 3;
 
 /// Points in a space of features, on a device.
 #[derive(Debug, Clone)]
-pub struct Points {
+pub(super) struct Points {
     /// [N, D].
     values: Tensor<2>,
     /// Squared lengths, [1, N].

@@ -1,10 +1,9 @@
 //! Features of many images, of all ranks.
 
-use repa_comm::{CommError, Communicator, Failure, RemoteError, all_gather, all_or_first_error};
+use repa_comm::{Communicator, RemoteError, all_gather, all_or_first_error};
 
 use super::EvaluationError;
-use crate::exit::Kind;
-use crate::generate::each_rank;
+use crate::generate::{each_rank, of_talk};
 use crate::gpu_failure;
 
 /// As [`each_rank`], of evaluations.
@@ -17,9 +16,7 @@ pub(super) fn part<T: Send>(
 
 /// What each rank gives.
 pub(super) fn gathered(comm: &dyn Communicator, mine: &[f32]) -> Result<Vec<Vec<f32>>, RemoteError> {
-    let failed =
-        |error: CommError| Failure { message: error.to_string(), code: i32::from(Kind::Runtime.code()) };
-    all_or_first_error(comm, all_gather(comm, mine).map_err(failed))
+    all_or_first_error(comm, all_gather(comm, mine).map_err(of_talk))
 }
 
 /// How many images there are, and how many of them a rank takes at once.

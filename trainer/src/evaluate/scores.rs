@@ -1,13 +1,15 @@
 //! The scores of ADM's evaluator (Dhariwal and Nichol, arXiv 2105.05233: `evaluations/evaluator.py`), by which the
 //! paper compares models.
 
-use repa_comm::{Communicator, RemoteError, shard_range};
+use repa_comm::{Communicator, ReduceOp, RemoteError, all_or_first_error, shard_range};
 use serde::{Deserialize, Serialize};
 
 use super::inception::{BATCH, Inception};
+use super::neighbours::Points;
 use super::rounds::{Rounds, gathered, part};
-use super::{Batch, EvaluationError, Gaussian, GaussianStatistics, Points};
-use crate::generate::{Classes, Generator, same_on_all};
+use super::{Batch, EvaluationError, Gaussian, GaussianStatistics};
+use crate::generate::{Classes, Generator, of_talk, same_on_all};
+use crate::images::Image;
 use crate::sample::SamplerConfig;
 
 /// Samples of which each inception score is; the score is their mean.
@@ -29,7 +31,6 @@ pub struct Scores {
     /// How the samples were drawn, where that was from a run.
     pub sampler: Option<SamplerConfig>,
     /// Whether each class had as many samples, where they were drawn from a run.
-    #[serde(default)]
     pub even_classes: Option<bool>,
     /// The reference batch's file.
     pub reference: String,
@@ -149,6 +150,9 @@ pub fn score(
     }))
 }
 
+/// The images of these numbers, which are asked for in order.
+type ByNumber<'a> = dyn FnMut(&[u64]) -> Result<Vec<Image>, EvaluationError> + Send + 'a;
+
 /// What is left of images.
 struct Looked {
     /// Pooled features of all of them, [N, 2048], flattened, where they were asked for.
@@ -174,21 +178,17 @@ impl Looked {
             pooled: Vec::new(),
             statistics: [statistics(0, Inception::POOLED), statistics(1, Inception::SPATIAL)],
         };
-        let mut stored = match samples {
-            Samples::Stored(batch) => Some(batch.images(comm.rank(), comm.size())),
-            Samples::Drawn(..) => None,
-        };
-        let batch = match samples {
-            Samples::Drawn(generator, ..) => generator.batch_size(),
-            Samples::Stored(_) => BATCH,
+        let (batch, mut images): (usize, Box<ByNumber>) = match samples {
+            Samples::Drawn(generator, _, classes) => {
+                (generator.batch_size(), Box::new(|numbers| Ok(generator.for_evaluators(numbers, *classes)?)))
+            }
+            Samples::Stored(batch) => {
+                let mut stored = batch.images(comm.rank(), comm.size());
+                (BATCH, Box::new(move |numbers| stored.take(numbers.len())))
+            }
         };
         let make = |numbers: &[u64]| {
-            let images = match (samples, &mut stored) {
-                (Samples::Drawn(generator, _, classes), _) => generator.for_evaluators(numbers, *classes)?,
-                (Samples::Stored(_), Some(stored)) => stored.take(numbers.len())?,
-                (Samples::Stored(_), None) => unreachable!("opened above"),
-            };
-            let features = inception.features(&images);
+            let features = inception.features(&images(numbers)?);
             let rows =
                 features.pooled.chunks(Inception::POOLED).zip(features.spatial.chunks(Inception::SPATIAL));
             Ok(rows.flat_map(|(pooled, spatial)| pooled.iter().chain(spatial)).copied().collect())
@@ -238,17 +238,14 @@ fn covered(
     })?;
     let radii = [gathered(comm, &radii[0])?.concat(), gathered(comm, &radii[1])?.concat()];
     let [reference, samples] = &points;
-    let within = part(comm, || {
+    let mut within = part(comm, || {
         let precise = samples.within(share(samples), reference, &radii[0]);
         let recalled = reference.within(share(reference), samples, &radii[1]);
-        Ok([precise, recalled].map(|count| count as f32))
+        Ok([precise, recalled].map(|count| count as i64))
     })?;
-    // A rank's count is well below 2^24, so that float32 has it.
-    let sums = gathered(comm, &within)?;
-    let fraction = |side: usize, of: &Points| {
-        sums.iter().map(|part| f64::from(part[side])).sum::<f64>() / of.count() as f64
-    };
-    Ok([fraction(0, samples), fraction(1, reference)])
+    all_or_first_error(comm, comm.all_reduce_i64(&mut within, ReduceOp::Sum).map_err(of_talk))?;
+    let fraction = |count: i64, of: &Points| count as f64 / of.count() as f64;
+    Ok([fraction(within[0], samples), fraction(within[1], reference)])
 }
 
 /// exp of the mean divergence of each sample's classes from those of all, by splits, whose mean it is.

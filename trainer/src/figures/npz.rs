@@ -9,6 +9,7 @@ use zip::{CompressionMethod, ZipWriter};
 
 use super::FigureError;
 use super::output::PendingFile;
+use crate::data::source::npy;
 use crate::images::Image;
 
 /// Writes images one by one into an `.npz`, stored without compression as `numpy.savez` does. Only one
@@ -36,7 +37,7 @@ impl NpzWriter {
             SimpleFileOptions::default().compression_method(CompressionMethod::Stored).large_file(true);
         zip.start_file("arr_0.npy", options)
             .map_err(io::Error::from)
-            .and_then(|()| zip.write_all(&header(&[count, height, width, 3])))
+            .and_then(|()| zip.write_all(&npy::header("|u1", &[count, height, width, 3])))
             .map_err(|source| pending.error(source))?;
         Ok(Self { pending, zip, count, height, width, written: 0 })
     }
@@ -74,21 +75,6 @@ impl NpzWriter {
         let file = buffered.into_inner().map_err(|error| pending.error(error.into_error()))?;
         pending.commit(&file)
     }
-}
-
-/// NumPy's format 1.0: magic, version, header length, a Python dictionary padded so that the data
-/// begin at a multiple of 64 bytes.
-fn header(shape: &[usize]) -> Vec<u8> {
-    const PREFIX: usize = 10;
-    let shape: Vec<String> = shape.iter().map(ToString::to_string).collect();
-    let mut text = format!("{{'descr': '|u1', 'fortran_order': False, 'shape': ({}), }}", shape.join(", "));
-    let padded = (PREFIX + text.len() + 1).next_multiple_of(64) - PREFIX;
-    text.extend(std::iter::repeat_n(' ', padded - text.len() - 1));
-    text.push('\n');
-    let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
-    bytes.extend((text.len() as u16).to_le_bytes());
-    bytes.extend(text.as_bytes());
-    bytes
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use repa_comm::{Communicator, Failure, RemoteError, all_or_first_error};
 
-use super::{Generator, together};
+use super::{Generator, each_rank, of_talk};
 use crate::data::draws::{Draws, Purpose};
 use crate::exit::Kind;
 use crate::figures::{FigureError, NpzWriter};
@@ -59,18 +59,14 @@ pub fn write_many(
     for start in (0..count).step_by(round) {
         let end = count.min(start + round);
         let mine: Vec<u64> = (start + rank..end).step_by(ranks).map(|i| i as u64).collect();
-        let drawn = together(comm, || generator.for_evaluators(&mine, classes));
-        let drawn = drawn.map_err(|error| failure(Kind::Runtime, &error));
-        let drawn = drawn.and_then(|drawn| drawn.map_err(|error| failure(error.kind(), &error)));
-        let images = all_or_first_error(comm, drawn)?;
+        let images = each_rank(comm, || generator.for_evaluators(&mine, classes))?;
         gpu_failure::has_worked();
         for first in (0..(end - start).div_ceil(ranks)).step_by(AT_ONCE) {
             let part = images.iter().skip(first).take(AT_ONCE);
             let part: Vec<u8> = part.flat_map(|image| image.pixels.iter().copied()).collect();
-            let parts = comm.all_gather_bytes(&part).map_err(|error| failure(Kind::Runtime, &error));
+            let parts = comm.all_gather_bytes(&part).map_err(of_talk);
             let written = parts.and_then(|parts| match images.first() {
-                Some(like) if rank == 0 => write(&mut file, (path, count), &parts, like)
-                    .map_err(|error| failure(Kind::Runtime, &error)),
+                Some(like) if rank == 0 => write(&mut file, (path, count), &parts, like).map_err(unwritten),
                 _ => Ok(()),
             });
             all_or_first_error(comm, written)?;
@@ -78,11 +74,11 @@ pub fn write_many(
         done(end);
     }
     let finished = file.map_or(Ok(()), NpzWriter::finish);
-    all_or_first_error(comm, finished.map_err(|error| failure(Kind::Runtime, &error)))
+    all_or_first_error(comm, finished.map_err(unwritten))
 }
 
-fn failure(kind: Kind, error: &dyn std::error::Error) -> Failure {
-    Failure { message: error.to_string(), code: i32::from(kind.code()) }
+fn unwritten(error: FigureError) -> Failure {
+    Failure { message: error.to_string(), code: i32::from(Kind::Runtime.code()) }
 }
 
 /// Writes the ranks' images in turn: the first of each, the second of each. They are as large as `like`.

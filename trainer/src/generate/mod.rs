@@ -23,8 +23,8 @@ use crate::params::{Layout, Params};
 use crate::sample::{Batch, DrawnNoise, SampleError, SamplerConfig, draw_latents, sample};
 use crate::weights::WeightsError;
 pub use many::{Classes, write_many};
-pub(crate) use together::together;
-pub use together::{Fact, each_rank, same_on_all, same_step};
+pub use together::{each_rank, same_step};
+pub(crate) use together::{of_talk, same_on_all, together};
 
 /// Which weights of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,6 +97,12 @@ impl GenerateError {
             Self::Sample(_) => Kind::Runtime,
             _ => Kind::Data,
         }
+    }
+}
+
+impl From<GenerateError> for repa_comm::Failure {
+    fn from(error: GenerateError) -> Self {
+        Self { message: error.to_string(), code: i32::from(error.kind().code()) }
     }
 }
 

@@ -55,13 +55,13 @@ where
 
 /// What has to be the same on all ranks, which have each looked for themselves: its name, its value, and what to do
 /// where it differs.
-pub type Fact<'a> = (&'a str, u64, &'a str);
+pub(crate) type Fact<'a> = (&'a str, u64, &'a str);
 
 /// Checks that all ranks have found what rank 0 has.
 ///
 /// # Errors
 /// What differs, the same on all ranks.
-pub fn same_on_all(comm: &dyn Communicator, facts: &[Fact]) -> Result<(), RemoteError> {
+pub(crate) fn same_on_all(comm: &dyn Communicator, facts: &[Fact]) -> Result<(), RemoteError> {
     let mine: Vec<u64> = facts.iter().map(|(_, value, _)| *value).collect();
     let checked = all_gather(comm, &mine).map_err(of_talk).and_then(|all| {
         match facts.iter().zip(&all[0]).find(|((_, own, _), first)| own != *first) {
@@ -75,11 +75,15 @@ pub fn same_on_all(comm: &dyn Communicator, facts: &[Fact]) -> Result<(), Remote
     all_or_first_error(comm, checked)
 }
 
-fn of_talk(error: CommError) -> Failure {
+/// The ranks could not talk.
+pub(crate) fn of_talk(error: CommError) -> Failure {
     Failure { message: error.to_string(), code: i32::from(Kind::Runtime.code()) }
 }
 
-/// That all ranks draw from the same checkpoint.
+/// Checks that all ranks draw from the same checkpoint.
+///
+/// # Errors
+/// As for [`same_on_all`].
 pub fn same_step(comm: &dyn Communicator, step: u64) -> Result<(), RemoteError> {
     let advice =
         "a run that is saving right now has one more for some: try again, or name one with --checkpoint";

@@ -179,11 +179,15 @@ fn to_c_order<T: Copy>(shape: &[usize], values: &[T], out: &mut [T]) {
     }
 }
 
-/// Writes a C-order float32 `.npy` file, version 1.
+/// The header of a C-order `.npy` file, version 1, of elements that NumPy calls `descr`; they follow it.
 #[must_use]
-pub fn to_bytes(shape: &[usize], values: &[f32]) -> Vec<u8> {
-    let dims: String = shape.iter().map(|d| format!("{d}, ")).collect();
-    let mut header = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({dims}), }}");
+pub fn header(descr: &str, shape: &[usize]) -> Vec<u8> {
+    // As Python writes a tuple.
+    let dims = match shape {
+        [only] => format!("{only},"),
+        several => several.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
+    };
+    let mut header = format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': ({dims}), }}");
     // Magic, version, length and header fill a multiple of 64 bytes; a line feed ends it.
     let padding = (64 - (10 + header.len() + 1) % 64) % 64;
     header.push_str(&" ".repeat(padding));
@@ -191,8 +195,13 @@ pub fn to_bytes(shape: &[usize], values: &[f32]) -> Vec<u8> {
     let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
     bytes.extend_from_slice(&(header.len() as u16).to_le_bytes());
     bytes.extend_from_slice(header.as_bytes());
-    bytes.extend_from_slice(bytemuck::cast_slice(values));
     bytes
+}
+
+/// Writes a C-order float32 `.npy` file, version 1.
+#[must_use]
+pub fn to_bytes(shape: &[usize], values: &[f32]) -> Vec<u8> {
+    [&header("<f4", shape), bytemuck::cast_slice(values)].concat()
 }
 
 #[cfg(test)]
